@@ -1,0 +1,3 @@
+version: str
+
+def build_info() -> dict[str, str]: ...

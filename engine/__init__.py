@@ -1,0 +1,45 @@
+"""liverelay: a lean real-time inference engine for Live Avatar (arXiv 2512.04677).
+
+    from liverelay.engine import Engine
+    engine = Engine.load("ckpt/Wan2.2-S2V-14B")
+    with engine.open("portrait.png", "A person talks.", audio="speech.wav") as session:
+        for chunk in session.frames():
+            show(chunk.frames, chunk.audio)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from liverelay.engine.config import DiTConfig, StreamConfig
+from liverelay.engine.errors import CheckpointError, InputError, LiveRelayError, MissingExtraError, OutputError
+from liverelay.engine.version import __version__
+
+if TYPE_CHECKING:
+    from liverelay.engine.engine import Engine
+    from liverelay.engine.session import Chunk, Session
+
+__all__ = [
+    "CheckpointError",
+    "Chunk",
+    "DiTConfig",
+    "Engine",
+    "InputError",
+    "LiveRelayError",
+    "MissingExtraError",
+    "OutputError",
+    "Session",
+    "StreamConfig",
+    "__version__",
+]
+
+_LAZY = {"Engine": "engine", "Session": "session", "Chunk": "session"}
+
+
+def __getattr__(name: str) -> Any:
+    # Engine and Session import the models; `import liverelay.engine` alone stays quick.
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(f"liverelay.engine.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,200 @@
+"""The command `liverelay`: generate, inspect, make-checkpoint, golden. Errors are one line and exit code 1."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from liverelay.engine.errors import LiveRelayError
+from liverelay.engine.version import __version__
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 well, 1 error, 2 wrong usage, 130 interrupted)."""
+    arguments = _parser().parse_args(argv)
+    # A polite kill ends like Ctrl-C: what is done becomes a playable file.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except LiveRelayError as error:
+        return _fail(str(error))
+    except (MemoryError, RuntimeError, OSError) as error:
+        line = _explain(error)
+        if line is None:
+            raise
+        return _fail(line)
+
+
+def _fail(line: str) -> int:
+    print("liverelay: " + " ".join(line.split()), file=sys.stderr)
+    return 1
+
+
+def _explain(error: BaseException) -> str | None:
+    """One line for the failures of the machine that a user can do something about; None for our own mistakes."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+        return "out of memory; choose a smaller --max-area or --size, or a device with more memory (see inspect)"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or 'input/output'}: {error.strerror}"
+    return None
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+
+
+def _generate(a: argparse.Namespace) -> int:
+    from liverelay.engine.config import StreamConfig
+    from liverelay.engine.engine import Engine
+    from liverelay.engine.generate import GenerateOptions, check_outputs, generate
+    from liverelay.engine.golden import DTYPES
+
+    _set_threads(a.threads)
+    options = GenerateOptions(
+        a.image, a.audio, a.prompt, a.out, size=a.size, max_area=a.max_area[0] * a.max_area[1], seed=a.seed,
+        seconds=a.seconds, live=a.live, contact_sheet=a.contact_sheet,
+    )
+    check_outputs(options)
+    engine = Engine.load(
+        a.checkpoint, lora=a.lora, device=a.device, dtype=DTYPES[a.dtype] if a.dtype else None, backend=a.backend,
+        stream=StreamConfig(relative_distance=a.relative_distance), say=lambda line: print(line, file=sys.stderr),
+    )
+    result = generate(engine, options)
+    print(result.path)
+    return INTERRUPTED if result.interrupted else 0
+
+
+def _inspect(a: argparse.Namespace) -> int:
+    from liverelay.engine.inspection import inspect_checkpoint, render
+
+    report = inspect_checkpoint(a.folder, size=a.size, dtype=a.dtype, lora=a.lora)
+    if a.json:
+        import json
+
+        print(json.dumps(report.to_dict(), indent=1))
+    else:
+        render(report)
+    return 0 if report.complete else 1
+
+
+def _make_checkpoint(a: argparse.Namespace) -> int:
+    from liverelay.engine.make_checkpoint import make_checkpoint
+
+    print(make_checkpoint(a.out, preset=a.preset, seed=a.seed))
+    return 0
+
+
+def _golden(a: argparse.Namespace) -> int:
+    from liverelay.engine.golden import DTYPES, GoldenOptions, run
+    from liverelay.engine.media import check_writable
+    from liverelay.engine.models.weights import save_tensors
+
+    check_writable(a.out)
+    results = run(a.component, a.folder, GoldenOptions(DTYPES[a.dtype], a.weights, a.backend, a.device))
+    save_tensors(a.out, results)
+    print(f"{len(results)} tensors -> {a.out}")
+    return 0
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+# -- arguments -----------------------------------------------------------------------------------------------------
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)[xX*](\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"'{text}' is not WIDTHxHEIGHT, as in 704x384")
+    return int(match[1]), int(match[2])
+
+
+def _positive(kind: type[Any], what: str) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number of {what}") from None
+        if not 0 < value < 1e9:
+            raise argparse.ArgumentTypeError(f"{text} is not a sensible number of {what}")
+        return value
+
+    return convert
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="liverelay", description="Real-time inference engine for Live Avatar: a talking person from one image.",
+    )
+    parser.add_argument("--version", action="version", version=f"liverelay {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_generate(commands.add_parser("generate", help="one image and a sound in, a video with sound out"))
+    inspect = commands.add_parser("inspect", help="what a checkpoint holds, what is missing, memory it needs")
+    inspect.add_argument("folder", type=Path, metavar="DIR", help="the checkpoint's folder")
+    inspect.add_argument("--size", type=_size, default=(704, 384), metavar="WxH", help="video size (704x384)")
+    inspect.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    inspect.add_argument("--lora", metavar="FILE", help="LoRA file, or 'none' (default: looked for)")
+    inspect.add_argument("--json", action="store_true", help="print the report as json")
+    inspect.set_defaults(command=_inspect)
+
+    make = commands.add_parser("make-checkpoint", help="write a small random checkpoint in the published layout")
+    make.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    make.add_argument("--preset", default="tiny", help="which sizes (tiny)")
+    make.add_argument("--seed", type=int, default=0)
+    make.set_defaults(command=_make_checkpoint)
+
+    golden = commands.add_parser("golden", help="run a component on given tensors, to compare with the published one")
+    golden.add_argument("component", help="dit, tpp, lora, vae, audio, text or image")
+    golden.add_argument("folder", type=Path, metavar="DIR", help="folder with the given files")
+    golden.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
+    golden.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    golden.add_argument("--weights", type=Path, metavar="FILE", help="weights instead of those of DIR")
+    golden.add_argument("--backend", metavar="NAME", help="kernel backend (torch)")
+    golden.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
+    golden.set_defaults(command=_golden)
+    return parser
+
+
+def _add_generate(p: argparse.ArgumentParser) -> None:
+    from liverelay.engine.config import DEFAULT_MAX_SIZE
+
+    p.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder with the published files")
+    p.add_argument("--image", type=Path, required=True, metavar="FILE", help="reference picture of the person")
+    p.add_argument("--audio", type=Path, required=True, metavar="FILE", help="speech, any common format")
+    p.add_argument("--prompt", default="", help="what is to be seen")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE.mp4", help="video to write (.mp4, .mov, .mkv)")
+    size = p.add_mutually_exclusive_group()
+    size.add_argument("--size", type=_size, metavar="WxH", help="video size in pixels, multiples of 64")
+    size.add_argument(
+        "--max-area", type=_size, default=DEFAULT_MAX_SIZE, metavar="WxH",
+        help="choose the size from the picture, by the published rule, within this area (720x400)",
+    )
+    p.add_argument("--seconds", type=_positive(float, "seconds"), metavar="N", help="at most this long")
+    p.add_argument("--seed", type=int, default=0, help="of all randomness (0)")
+    p.add_argument("--live", action="store_true", help="hear the sound piece by piece, as a live stream would")
+    p.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="also write a picture of frames in time")
+    p.add_argument("--lora", metavar="FILE", help="LoRA file, or 'none' (default: looked for beside the checkpoint)")
+    p.add_argument("--device", help="cpu, cuda or cuda:N (a GPU where there is one)")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), help="bfloat16 on a GPU, float32 on a CPU")
+    p.add_argument("--backend", metavar="NAME", help="kernel backend (torch)")
+    p.add_argument("--threads", type=_positive(int, "threads"), metavar="N", help="CPU threads")
+    p.add_argument(
+        "--relative-distance", type=int, metavar="N",
+        help="constant distance of the rolling sink, in latent frames (drawn from 4..30 as published)",
+    )
+    p.set_defaults(command=_generate)

@@ -1,0 +1,146 @@
+"""Frozen configurations of the model and of the stream. Derived sizes are properties; nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from liverelay.engine.errors import CheckpointError, InputError
+
+# Width and height whose area bounds the video's size when none is asked for (the published rule makes 704x384 of it).
+DEFAULT_MAX_SIZE = (720, 400)
+
+# Names in the published config.json that change what the model computes, and the one value that the engine computes.
+_FIXED = {
+    "model_type": "s2v",
+    "enable_adain": True,
+    "adain_mode": "attn_norm",
+    "zero_timestep": True,
+    "enable_motioner": False,
+    "enable_framepack": True,
+    "framepack_drop_mode": "padd",
+    "enable_tsm": False,
+    "trainable_token_pos_emb": False,
+    "add_last_motion": True,
+    "qk_norm": True,
+    "cross_attn_norm": True,
+}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of the causal audio-driven video transformer (spec dit.md section 1)."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    audio_inject_layers: tuple[int, ...]
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    audio_dim: int = 1024
+    audio_states: int = 25
+    in_channels: int = 16
+    cond_channels: int = 16
+    num_audio_tokens: int = 4
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @classmethod
+    def from_published(cls, published: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
+        """The one adapter from a published config.json to ours.
+
+        What the tensors show (widths, counts) is taken from their shapes; only what they cannot show (heads, inject
+        layers, eps, text length) is read from the file. CheckpointError when the two disagree or when the file asks
+        for a variant of the model that the engine does not compute.
+        """
+        for name, value in _FIXED.items():
+            if name in published and published[name] != value:
+                raise CheckpointError(f"config.json says {name}={published[name]!r}; only {value!r} is computed")
+
+        def shape(key: str, ndim: int) -> tuple[int, ...]:
+            if key not in shapes:
+                raise CheckpointError(f"the weights lack '{key}'")
+            if len(shapes[key]) != ndim:
+                raise CheckpointError(f"'{key}' has shape {list(shapes[key])}, expected {ndim} dimensions")
+            return shapes[key]
+
+        for name in ("num_heads", "audio_inject_layers"):
+            if name not in published:
+                raise CheckpointError(f"config.json lacks '{name}'")
+        dim, in_channels = shape("patch_embedding.weight", 5)[:2]
+        num_layers = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
+        shown = {
+            "dim": dim,
+            "ffn_dim": shape("blocks.0.ffn.0.weight", 2)[0],
+            "num_layers": num_layers,
+            "text_dim": shape("text_embedding.0.weight", 2)[1],
+            "freq_dim": shape("time_embedding.0.weight", 2)[1],
+            "audio_dim": shape("casual_audio_encoder.encoder.conv1_local.conv.weight", 3)[1],
+            "audio_states": shape("casual_audio_encoder.weights", 4)[1],
+            "in_channels": in_channels,
+            "cond_channels": shape("cond_encoder.weight", 5)[1],
+        }
+        names = {"in_channels": "in_dim", "cond_channels": "cond_dim"}
+        for name, value in shown.items():
+            said = published.get(names.get(name, name), value)
+            if said != value:
+                raise CheckpointError(f"config.json says {names.get(name, name)}={said}, the weights show {value}")
+        config = cls(
+            num_heads=int(published["num_heads"]),
+            audio_inject_layers=tuple(int(layer) for layer in published["audio_inject_layers"]),
+            text_len=int(published.get("text_len", 512)),
+            num_audio_tokens=int(published.get("num_audio_token", 4)),
+            eps=float(published.get("eps", 1e-6)),
+            **shown,
+        )
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """CheckpointError when the sizes cannot belong together."""
+        if self.num_heads < 1 or self.dim % self.num_heads or self.head_dim % 2:
+            raise CheckpointError(f"a width of {self.dim} cannot be split into {self.num_heads} heads of even size")
+        layers = self.audio_inject_layers
+        if list(layers) != sorted(set(layers)) or any(not 0 <= layer < self.num_layers for layer in layers):
+            raise CheckpointError(f"audio_inject_layers {list(layers)} do not fit {self.num_layers} layers")
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How a stream is cut into blocks and denoised (spec dit.md sections 1, 8 and 9)."""
+
+    frames_per_block: int = 3
+    ring_frames: int = 12
+    blocks_per_clip: int = 4
+    steps: int = 4
+    shift: float = 3.0
+    fps: int = 25
+    video_frames_per_latent: int = 4
+    motion_pixel_frames: int = 73
+    prime_latents: int = 7
+    dropped_frames: int = 3
+    # None: drawn uniformly from 4..30 for every block and step, as published; a number: constant.
+    relative_distance: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.ring_frames % self.frames_per_block or self.ring_frames < self.frames_per_block:
+            raise InputError(
+                f"a ring of {self.ring_frames} latent frames does not hold whole blocks of {self.frames_per_block}"
+            )
+        if self.relative_distance is not None and not 0 <= self.relative_distance <= 1000:
+            raise InputError(f"relative distance {self.relative_distance} is not within 0..1000 latent frames")
+
+    @property
+    def block_frames(self) -> int:
+        """Video frames in one block."""
+        return self.frames_per_block * self.video_frames_per_latent
+
+    @property
+    def block_seconds(self) -> float:
+        return self.block_frames / self.fps

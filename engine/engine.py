@@ -1,0 +1,184 @@
+"""The engine: one loaded checkpoint on one device, from which sessions are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from liverelay.engine.checkpoint import CheckpointFiles, find_checkpoint
+from liverelay.engine.config import DEFAULT_MAX_SIZE, StreamConfig
+from liverelay.engine.errors import CheckpointError, InputError
+from liverelay.engine.models.audio import AudioEncoder
+from liverelay.engine.models.dit import DiT
+from liverelay.engine.models.geometry import Geometry
+from liverelay.engine.models.image import choose_size, load_image, prepare_image
+from liverelay.engine.models.layers import TextCondition
+from liverelay.engine.models.text import TextEncoder
+from liverelay.engine.models.vae import VAE
+from liverelay.engine.models.weights import open_pth
+from liverelay.engine.relay.rollout import Rollout
+from liverelay.engine.relay.stage import StageLine
+
+if TYPE_CHECKING:
+    from liverelay.engine.models.audio_live import LiveAudioConfig
+    from liverelay.engine.session import Session
+
+DEFAULT_MAX_AREA = DEFAULT_MAX_SIZE[0] * DEFAULT_MAX_SIZE[1]
+VAE_STRIDE = 8
+Say = Callable[[str], None]
+
+
+def default_device() -> str:
+    """The first GPU where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16, the published precision; on a CPU float32, which is faster there and at least as exact."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+class Engine:
+    """Models of one checkpoint on one device. Sessions run in turn; each resolution has one line of stages.
+
+    Make one with `Engine.load`, open sessions with `open`.
+    """
+
+    def __init__(self, files: CheckpointFiles, dit: DiT, vae: VAE, audio: AudioEncoder, stream: StreamConfig) -> None:
+        self.files, self.dit, self.vae, self.audio, self.stream = files, dit, vae, audio, stream
+        self._lines: dict[Geometry, StageLine] = {}
+        self._texts: dict[str, TextCondition] = {}
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        *,
+        lora: str | Path | None = None,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        stream: StreamConfig | None = None,
+        say: Say | None = None,
+    ) -> Engine:
+        """Load a checkpoint in the published layout (see `liverelay.engine.checkpoint`).
+
+        lora: a file, "none", or None to find it. device: "cpu", "cuda", "cuda:1"; None: a GPU where there is one.
+        dtype: torch.bfloat16 or torch.float32; None: bfloat16 on a GPU, float32 on a CPU. backend: kernel backend.
+        say(line) is told what is being loaded. CheckpointError names a file, key or shape that does not fit.
+        """
+        files = find_checkpoint(Path(checkpoint), lora)
+        missing = files.missing()
+        if missing:
+            more = f" (and {len(missing) - 1} more parts; see liverelay inspect)" if len(missing) > 1 else ""
+            raise CheckpointError(f"{missing[0]} is missing{more}")
+        device = _check_device(device or default_device())
+        dtype = dtype or default_dtype(device)
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise InputError(f"the engine computes in float32 or bfloat16, not {str(dtype).removeprefix('torch.')}")
+        tell = say or (lambda line: None)
+        tell("loading the transformer" + (f" with the LoRA {files.lora.name}" if files.lora else ", without a LoRA"))
+        source, config = files.open_dit(device)
+        dit = DiT.load(source, config, device=device, dtype=dtype, backend=backend)
+        tell("loading the VAE")
+        vae = VAE.load(open_pth(files.vae), device=device, dtype=dtype)
+        tell("loading the audio encoder")
+        audio = AudioEncoder.load(files.audio, device=device, dtype=dtype)
+        if (audio.num_states, audio.width) != (config.audio_states, config.audio_dim):
+            raise CheckpointError(
+                f"{files.audio} gives {audio.num_states} states of width {audio.width}, "
+                f"the transformer expects {config.audio_states} of {config.audio_dim}"
+            )
+        return cls(files, dit, vae, audio, stream or StreamConfig())
+
+    def open(
+        self,
+        image: Any,
+        prompt: str = "",
+        *,
+        audio: Any = None,
+        size: tuple[int, int] | None = None,
+        max_area: int = DEFAULT_MAX_AREA,
+        seed: int = 0,
+        session_id: int = 0,
+        live: LiveAudioConfig | None = None,
+    ) -> Session:
+        """Open a session: encode the image and the prompt, fill the sink, warm up the decoder.
+
+        image: a path, a Pillow image or uint8 [H, W, 3]. audio: a path or float32 samples [n] at 16 kHz for the
+        whole-file way (equal to the published one); None for a live session that is given sound by `push_audio`.
+        size: (width, height) in pixels, multiples of 64; None: the published rule under `max_area` pixels.
+        seed and session_id key all randomness. InputError for a picture, sound or size that cannot be used.
+        """
+        from liverelay.engine.session import Session
+
+        picture = load_image(image) if isinstance(image, str | Path) else image
+        height, width = _pick_size(picture, size, max_area)
+        pixels = prepare_image(picture, (height, width)).to(self.dit.device, self.dit.dtype)
+        text = self.encode_text(prompt)
+        # The first chunk of the encoder is the single frame, so the reference is the first motion latent.
+        motion = self.vae.encode(pixels.unsqueeze(1).expand(-1, self.stream.motion_pixel_frames, -1, -1))
+        line = self.line(height // VAE_STRIDE, width // VAE_STRIDE)
+        rollout = Rollout(line, text, motion[:, :1], motion)
+        return Session(self, rollout, motion, audio=audio, seed=seed, session_id=session_id, live=live)
+
+    def line(self, latent_h: int, latent_w: int) -> StageLine:
+        """The stages of one resolution, made when first asked for."""
+        geometry = Geometry(
+            latent_h, latent_w, self.dit.config.head_dim, self.stream.frames_per_block, self.stream.ring_frames
+        )
+        if geometry not in self._lines:
+            self._lines[geometry] = StageLine(self.dit, geometry, self.stream)
+        return self._lines[geometry]
+
+    def encode_text(self, prompt: str) -> TextCondition:
+        """Keys and values of a prompt for all layers; the text encoder (11 GB) is in memory only meanwhile."""
+        if prompt not in self._texts:
+            self._texts.clear()  # one prompt's keys and values are 0.4 GB at 14B
+            states = self._text_states(prompt)
+            self._texts[prompt] = self.dit.text_condition(states)
+        return self._texts[prompt]
+
+    def _text_states(self, prompt: str) -> Tensor:
+        config, dit, weights = self.dit.config, self.dit, open_pth(self.files.text)
+        encoder = TextEncoder.load(
+            weights, self.files.tokenizer, device=dit.device, dtype=dit.dtype, text_len=config.text_len
+        )
+        states = encoder.encode(prompt)
+        if states.shape[1] != config.text_dim:
+            raise CheckpointError(
+                f"{self.files.text} has width {states.shape[1]}, the transformer expects {config.text_dim}"
+            )
+        return states
+
+
+def _check_device(device: str) -> str:
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"'{device}' is not a device; give cpu, cuda or cuda:N") from None
+    if kind.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device} was asked for, but PyTorch sees no GPU here; give --device cpu")
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {device} was asked for, but there are only {torch.cuda.device_count()} GPUs")
+    if kind.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device} is not supported; give cpu, cuda or cuda:N")
+    return device
+
+
+def _pick_size(picture: Any, size: tuple[int, int] | None, max_area: int) -> tuple[int, int]:
+    """(height, width) of the video."""
+    if size is None:
+        if max_area < 64 * 64:
+            raise InputError(f"an area of {max_area} pixels is too small; the smallest video is 64x64")
+        width, height = getattr(picture, "size", None) or (picture.shape[1], picture.shape[0])
+        return choose_size(height, width, max_area)
+    width, height = size
+    if width < 64 or height < 64 or width % 64 or height % 64:
+        near = [max(64, round(side / 64) * 64) for side in (width, height)]
+        raise InputError(f"a size of {width}x{height} is not made of multiples of 64; {near[0]}x{near[1]} is near")
+    return height, width

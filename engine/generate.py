@@ -1,0 +1,102 @@
+"""`liverelay generate`: one image and one sound in, a video file out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from liverelay.engine.engine import DEFAULT_MAX_AREA, Engine
+from liverelay.engine.errors import OutputError
+from liverelay.engine.media import ContactSheet, VideoWriter, check_writable
+from liverelay.engine.models.audio import SAMPLE_RATE, read_audio, resample
+from liverelay.engine.progress import Progress
+from liverelay.engine.session import Chunk, Samples, Session
+
+LIVE_PIECE_S = 0.1
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What to make. size (width, height) in pixels or None for the published rule under max_area; seconds: at most."""
+
+    image: Path
+    audio: Path
+    prompt: str
+    out: Path
+    size: tuple[int, int] | None = None
+    max_area: int = DEFAULT_MAX_AREA
+    seed: int = 0
+    seconds: float | None = None
+    live: bool = False
+    contact_sheet: Path | None = None
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What was made: the file, its frames, seconds of work, and whether it was cut short by an interrupt."""
+
+    path: Path
+    frames: int
+    interrupted: bool
+
+
+def check_outputs(options: GenerateOptions) -> None:
+    """OutputError before any long work starts when a result could not be written in the end."""
+    check_writable(options.out)
+    if options.contact_sheet is not None:
+        check_writable(options.contact_sheet)
+        if options.contact_sheet.resolve() == options.out.resolve():
+            raise OutputError(f"the contact sheet and the video are the same file, {options.out}")
+
+
+def generate(engine: Engine, options: GenerateOptions) -> GenerateResult:
+    """Write the video with its sound; on KeyboardInterrupt what is done becomes a playable file.
+
+    The sound file's own samples go into the video; the model hears them at 16 kHz. `seconds` cuts the sound first.
+    """
+    check_outputs(options)
+    fps = engine.stream.fps
+    sound, rate = read_audio(options.audio)
+    if options.seconds is not None:
+        sound = sound[: max(1, round(options.seconds * rate))]
+    total = -(-len(sound) * fps // rate)
+    waveform = resample(sound, rate)
+    session = engine.open(
+        options.image, options.prompt, audio=None if options.live else waveform, size=options.size,
+        max_area=options.max_area, seed=options.seed,
+    )
+    progress = Progress(total, fps)
+    writer = VideoWriter(options.out, fps=fps, size=session.size, audio_rate=rate, audio_channels=sound.shape[1])
+    sheet = ContactSheet(fps)
+    interrupted = False
+    try:
+        for chunk in _chunks(session, waveform, live=options.live):
+            start, end = (frame * rate // fps for frame in (chunk.first_frame, chunk.first_frame + len(chunk.frames)))
+            writer.write(chunk.frames, sound[start:end])
+            sheet.add(chunk.frames)
+            progress.update(chunk.block + 1, session.next_frame)
+    except KeyboardInterrupt:
+        interrupted = True
+    except BaseException:
+        writer.abort()
+        raise
+    progress.finish()
+    if not writer.frames:
+        writer.abort()
+        raise KeyboardInterrupt
+    writer.close()
+    if options.contact_sheet is not None:
+        sheet.save(options.contact_sheet)
+    return GenerateResult(options.out, writer.frames, interrupted)
+
+
+def _chunks(session: Session, waveform: Samples, *, live: bool) -> Iterator[Chunk]:
+    """The session's blocks; in live mode the sound is pushed piece by piece, as it would come from a microphone."""
+    if live:
+        piece = round(LIVE_PIECE_S * SAMPLE_RATE)
+        for start in range(0, len(waveform), piece):
+            session.push_audio(waveform[start : start + piece], SAMPLE_RATE)
+            yield from session.frames()
+        session.end_audio()
+    yield from session.frames()

@@ -1,0 +1,222 @@
+"""Video files and pictures: H.264 with AAC sound through PyAV, contact sheets, facts about a written file.
+
+A video is written beside its target and renamed when it is whole, so no half-written file ever has the target's name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import uuid
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from liverelay.engine.errors import InputError, MissingExtraError, OutputError
+
+CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
+AUDIO_BIT_RATE = 192_000
+CRF = 10  # the published writer's quality 8
+_AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
+Frames = npt.NDArray[np.uint8]
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise MissingExtraError("av (PyAV)", "to write and read video files", "media") from None
+    return av
+
+
+def check_writable(path: Path) -> None:
+    """OutputError when no file of this name can be made: no folder, a folder of that name, no permission, no space."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"cannot write {path}: the folder {folder} does not exist")
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder")
+    probe = part_path(path)
+    try:
+        with open(probe, "wb") as file:
+            file.write(bytes(65536))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def part_path(path: Path) -> Path:
+    """A fresh name beside the target for the unfinished file."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+
+
+class VideoWriter:
+    """H.264 (yuv420p) and AAC into mp4, mov or mkv. `close` gives the file its name; `abort` leaves nothing.
+
+    size: (width, height), even numbers. Sound keeps its own rate where AAC knows it, else 48 kHz.
+    """
+
+    def __init__(
+        self, path: Path, *, fps: int, size: tuple[int, int], audio_rate: int, audio_channels: int = 1,
+        crf: int = CRF, preset: str = "medium",
+    ) -> None:
+        av = _av()
+        self.path, self.frames = path, 0
+        container = CONTAINERS.get(path.suffix.lower())
+        if container is None:
+            raise InputError(f"cannot write '{path.suffix}' files; give a name that ends in {', '.join(CONTAINERS)}")
+        self._part = part_path(path)
+        options = {"movflags": "faststart"} if container in ("mp4", "mov") else {}
+        try:
+            self._file = av.open(str(self._part), "w", format=container, options=options)
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
+        self._video = self._file.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": preset})
+        self._video.width, self._video.height, self._video.pix_fmt = *size, "yuv420p"
+        self._tick = Fraction(1, fps)
+        self._rate, layout = audio_rate, "mono" if audio_channels == 1 else "stereo"
+        aac_rate = audio_rate if audio_rate in _AAC_RATES else 48000
+        self._sound = self._file.add_stream("aac", rate=aac_rate, layout=layout)
+        self._sound.bit_rate = min(AUDIO_BIT_RATE, 6 * aac_rate)
+        self._resampler = av.AudioResampler(format="fltp", layout=layout, rate=aac_rate, frame_size=1024)
+        self._samples = 0
+        self._channels = 1 if layout == "mono" else 2
+
+    def write(self, frames: Frames, audio: npt.NDArray[np.float32]) -> None:
+        """Append frames [n, H, W, 3] and the sound that belongs to them, [m] or [m, channels] in [-1, 1]."""
+        av = _av()
+        try:
+            for pixels in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                frame.pts, frame.time_base = self.frames, self._tick
+                self._file.mux(self._video.encode(frame))
+                self.frames += 1
+            self._write_sound(audio)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from None
+
+    def _write_sound(self, audio: npt.NDArray[np.float32]) -> None:
+        if not len(audio):
+            return
+        planes = audio.reshape(len(audio), -1).T
+        if len(planes) > 2:  # more than stereo: a fair mix rather than a guess at the layout
+            planes = np.repeat(planes.mean(axis=0, keepdims=True), 2, axis=0)
+        layout = "mono" if self._channels == 1 else "stereo"
+        frame = _av().AudioFrame.from_ndarray(np.ascontiguousarray(planes, dtype=np.float32), "fltp", layout)
+        frame.sample_rate, frame.pts, frame.time_base = self._rate, self._samples, Fraction(1, self._rate)
+        self._samples += len(audio)
+        for piece in self._resampler.resample(frame):
+            self._file.mux(self._sound.encode(piece))
+
+    def close(self, path: Path | None = None) -> Path:
+        """Finish the file and give it its name (or another one, `path`)."""
+        target = path or self.path
+        try:
+            for piece in self._resampler.resample(None):
+                self._file.mux(self._sound.encode(piece))
+            for stream in (self._video, self._sound):
+                self._file.mux(stream.encode(None))
+            self._file.close()
+            os.replace(self._part, target)
+        except OSError as error:
+            self.abort()
+            raise OutputError(f"cannot write {target}: {error.strerror or error}") from None
+        return target
+
+    def abort(self) -> None:
+        """Leave no file behind."""
+        with contextlib.suppress(OSError, ValueError):  # the file is thrown away: what it lacks does not matter
+            self._file.close()
+        self._part.unlink(missing_ok=True)
+
+
+class ContactSheet:
+    """A picture of evenly spaced frames with their times; memory stays bounded however long the stream is."""
+
+    def __init__(self, fps: int, *, columns: int = 6, rows: int = 4, width: int = 192) -> None:
+        self._fps, self._columns, self._limit, self._width = fps, columns, columns * rows, width
+        self._kept: list[tuple[int, Frames]] = []
+        self._stride, self._count = 1, 0
+
+    def add(self, frames: Frames) -> None:
+        """Offer frames [n, H, W, 3]; every stride-th is kept, and the stride doubles when the sheet is full."""
+        for frame in frames:
+            if self._count % self._stride == 0:
+                self._kept.append((self._count, frame.copy()))
+                if len(self._kept) > 2 * self._limit:
+                    self._kept = self._kept[::2]
+                    self._stride *= 2
+            self._count += 1
+
+    def save(self, path: Path) -> None:
+        """Write the sheet as a picture; the suffix chooses the format. OutputError when it cannot be written."""
+        try:
+            from PIL import Image, ImageDraw
+        except ImportError:
+            raise MissingExtraError("Pillow", "to write a contact sheet", "media") from None
+        if not self._kept:
+            raise OutputError("there are no frames for a contact sheet")
+        count = min(self._limit, len(self._kept))
+        chosen = [self._kept[round(i)] for i in np.linspace(0, len(self._kept) - 1, count)]
+        height, width = chosen[0][1].shape[:2]
+        cell = (self._width, max(1, round(self._width * height / width)))
+        columns = min(self._columns, count)
+        gap, label = 4, 14
+        rows = math.ceil(count / columns)
+        sheet = Image.new("RGB", (columns * (cell[0] + gap) + gap, rows * (cell[1] + gap + label) + gap), "white")
+        draw = ImageDraw.Draw(sheet)
+        for i, (number, frame) in enumerate(chosen):
+            left, top = gap + i % columns * (cell[0] + gap), gap + i // columns * (cell[1] + gap + label)
+            sheet.paste(Image.fromarray(frame).resize(cell, Image.Resampling.BILINEAR), (left, top))
+            draw.text((left, top + cell[1] + 1), f"{number / self._fps:.2f} s", fill="black")
+        part = part_path(path)
+        try:
+            sheet.save(part, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"))
+            os.replace(part, path)
+        except (OSError, ValueError) as error:
+            part.unlink(missing_ok=True)
+            raise OutputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """What a written file says when it is read back; times in seconds. Frames are counted by decoding."""
+
+    fps: float
+    frames: int
+    width: int
+    height: int
+    video_start_s: float
+    audio_rate: int
+    audio_channels: int
+    audio_start_s: float
+    audio_duration_s: float
+
+
+def probe(path: Path) -> VideoFacts:
+    """Read a video file back. InputError when it is not playable."""
+    av = _av()
+    try:
+        with av.open(str(path)) as file:
+            video, sound = file.streams.video[0], file.streams.audio[0]
+            starts: dict[str, float] = {}
+            frames = samples = 0
+            for packet in file.demux(video, sound):
+                for frame in packet.decode():
+                    starts.setdefault(packet.stream.type, float(frame.pts * frame.time_base))
+                    frames += packet.stream.type == "video"
+                    samples += frame.samples if packet.stream.type == "audio" else 0
+            return VideoFacts(
+                float(video.average_rate), frames, video.width, video.height, starts["video"], sound.rate,
+                sound.channels, starts["audio"], samples / sound.rate,
+            )
+    except (av.FFmpegError, IndexError, KeyError, OSError) as error:
+        raise InputError(f"{path} is not a playable video with sound: {error}") from None

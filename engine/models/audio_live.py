@@ -1,0 +1,214 @@
+"""Sound that arrives in pieces: features for each block from a sliding window, without knowing the future.
+
+What differs from the whole-file way (spec vae_audio_text.md 4.6), by design:
+- wav2vec2 attends to a window (left context, the block, a short look-ahead), not to the whole file;
+- mean and variance are those of the stream so far (up to the window's end), not of the file;
+- the 50 -> 30 Hz interpolation runs on the absolute grid i * 5/3, not between the file's pinned ends.
+A block's features depend only on the sound up to its window's end, so they are the same however the sound was cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from liverelay.engine.errors import InputError, MissingExtraError
+from liverelay.engine.models.audio import SAMPLE_RATE, AudioEncoder, Samples, feature_index, normalise
+
+HOP = 320  # samples between two wav2vec2 features
+
+
+@dataclass(frozen=True)
+class LiveAudioConfig:
+    """Window around a block, in seconds: sound before it, and sound after it that is waited for (adds latency)."""
+
+    left_context_s: float = 4.0
+    look_ahead_s: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.left_context_s <= 60 or not 0 <= self.look_ahead_s <= 5:
+            raise InputError("live audio: left context must be within 0..60 s and look-ahead within 0..5 s")
+
+
+@dataclass
+class _Statistics:
+    """Running count, sum and sum of squares in float64, up to a sample of the stream."""
+
+    count: int = 0  # the stream was counted up to this sample
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, samples: Samples) -> None:
+        wide = samples.astype(np.float64)
+        self.count += len(wide)
+        self.total += float(wide.sum())
+        self.squares += float(np.square(wide).sum())
+
+    def normalise(self, samples: Samples) -> Samples:
+        mean = self.total / max(1, self.count)
+        variance = max(0.0, self.squares / max(1, self.count) - mean * mean)
+        return ((samples - mean) / np.sqrt(variance + 1e-7)).astype(np.float32)
+
+
+class LiveAudio:
+    """The sound of one live session at 16 kHz, and features of its video frames at 25 FPS.
+
+    Only the window and the look-ahead are kept; older samples are dropped, so memory does not grow.
+    """
+
+    def __init__(self, encoder: AudioEncoder, config: LiveAudioConfig | None = None, fps: int = 25) -> None:
+        self._encoder, self._config = encoder, config or LiveAudioConfig()
+        self._frame_samples = SAMPLE_RATE // fps
+        self._resampler: Any = None
+        self._rate: int | None = None
+        self._buffer: Samples = np.zeros(0, dtype=np.float32)
+        self._buffer_start = 0  # absolute number of the buffer's first sample
+        self._statistics = _Statistics()
+        self._finished = False
+
+    # -- sound in --------------------------------------------------------------------------------------------------
+
+    def push(self, samples: npt.ArrayLike, sample_rate: int) -> None:
+        """Take more sound: float [n] or [n, channels], any n, any rate (the same one until `finish`)."""
+        piece = np.asarray(samples, dtype=np.float32)
+        if self._finished:
+            raise InputError("the sound of this session was ended; open a new session")
+        if piece.ndim not in (1, 2) or not np.isfinite(piece).all():
+            raise InputError("pushed sound must be finite samples [n] or [n, channels]")
+        if self._rate is None:
+            if not 1000 <= sample_rate <= 384000:
+                raise InputError(f"a sample rate of {sample_rate} Hz is not supported; give 1000 to 384000")
+            self._rate = sample_rate
+            self._resampler = None if sample_rate == SAMPLE_RATE else _make_resampler(sample_rate)
+        if sample_rate != self._rate:
+            raise InputError(f"the sample rate changed from {self._rate} to {sample_rate} Hz within one session")
+        mono = piece.mean(axis=1, dtype=np.float32) if piece.ndim == 2 else piece
+        self._append(mono if self._resampler is None else self._resampler.resample_chunk(mono))
+
+    def push_silence(self, frame_end: int) -> None:
+        """Fill up with silence as far as features below `frame_end` need: the avatar idles when the sound runs dry."""
+        missing = self._needed(frame_end) - self._end
+        if missing > 0:
+            self._append(np.zeros(missing, dtype=np.float32))
+
+    def finish(self) -> None:
+        """No more sound comes; after its end there is silence."""
+        if not self._finished and self._resampler is not None:
+            self._append(self._resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
+        self._finished = True
+
+    # -- features out ----------------------------------------------------------------------------------------------
+
+    def total_frames(self) -> int | None:
+        """Video frames that the sound lasts, rounded up; None before `finish`."""
+        return -(-self._end // self._frame_samples) if self._finished else None
+
+    def ready(self, frame_end: int) -> bool:
+        """Whether the sound up to frame `frame_end` and the look-ahead have come, or no more will come."""
+        return self._finished or self._end >= self._needed(frame_end)
+
+    def samples(self, frame_start: int, frame_end: int) -> Samples:
+        """The 16 kHz sound of the frames last asked for by `features`, silence where there is none."""
+        return self._cut(frame_start * self._frame_samples, frame_end * self._frame_samples)
+
+    def features(self, frame_start: int, frame_end: int) -> Tensor:
+        """States [states, width, frames] of frames frame_start..frame_end-1; blocks must be asked for in order.
+
+        Where the sound has ended (or has not come, when the caller does not wait for `ready`) silence is heard.
+        """
+        left = round(self._config.left_context_s * SAMPLE_RATE)
+        start = max(0, (frame_start * self._frame_samples - left) // HOP * HOP)
+        end = self._needed(frame_end)
+        if start < self._buffer_start:
+            raise InputError(f"the sound before frame {frame_start} is gone; ask for blocks in order")
+        self._statistics.add(self._cut(self._statistics.count, min(end, self._end)))
+        hidden = self._encoder.hidden_states(self._statistics.normalise(self._cut(start, end)))
+        mixed = on_absolute_grid(hidden, start // HOP, frame_start, frame_end)
+        self._drop_before(start)
+        return mixed
+
+    # -- the buffer ------------------------------------------------------------------------------------------------
+
+    @property
+    def _end(self) -> int:
+        """Samples that have come since the stream began."""
+        return self._buffer_start + len(self._buffer)
+
+    @property
+    def buffered_samples(self) -> int:
+        return len(self._buffer)
+
+    def _needed(self, frame_end: int) -> int:
+        return frame_end * self._frame_samples + round(self._config.look_ahead_s * SAMPLE_RATE)
+
+    def _append(self, samples: Samples) -> None:
+        self._buffer = np.concatenate([self._buffer, samples.astype(np.float32)])
+
+    def _cut(self, start: int, end: int) -> Samples:
+        """Samples start..end-1 of the stream, zeros where there are none yet."""
+        found = self._buffer[max(0, start - self._buffer_start) : max(0, end - self._buffer_start)]
+        return np.pad(found, (0, max(0, end - start) - len(found)))
+
+    def _drop_before(self, start: int) -> None:
+        drop = min(start - self._buffer_start, len(self._buffer))
+        if drop > 0:
+            self._buffer = self._buffer[drop:].copy()
+            self._buffer_start += drop
+
+
+def _make_resampler(sample_rate: int) -> Any:
+    try:
+        import soxr
+    except ImportError:
+        raise MissingExtraError("soxr", f"to resample sound from {sample_rate} Hz to 16 kHz", "audio") from None
+    return soxr.ResampleStream(sample_rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+
+
+def on_absolute_grid(hidden: Tensor, first: int, frame_start: int, frame_end: int) -> Tensor:
+    """Video frames' features from 50 Hz features `first`, ...: [states, T, width] -> [states, width, frames].
+
+    30 Hz sample i lies at the 50 Hz position i * 5/3; between two features the mix is linear, past the last it stays.
+    """
+    position = torch.from_numpy(feature_index(np.arange(frame_start, frame_end)) * 5 / 3 - first)
+    position = position.clamp(max=hidden.shape[1] - 1).to(hidden.device)
+    low = position.floor().long()
+    high = (low + 1).clamp(max=hidden.shape[1] - 1)
+    mixed = torch.lerp(hidden[:, low].float(), hidden[:, high].float(), (position - low).float()[:, None])
+    return mixed.to(hidden.dtype).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class LiveDistance:
+    """Relative L2 distance of live features, per wav2vec2 state.
+
+    published: from the whole-file features; window: from whole-file features on live's own time grid, which leaves
+    what the window and the running statistics cost.
+    """
+
+    published: npt.NDArray[np.float64]
+    window: npt.NDArray[np.float64]
+
+
+def live_distance(encoder: AudioEncoder, waveform: Samples, config: LiveAudioConfig | None = None) -> LiveDistance:
+    """Measure what hearing a 16 kHz waveform live changes, over its whole blocks of 12 frames."""
+    frames = len(waveform) // (SAMPLE_RATE // 25) // 12 * 12
+    if frames == 0:
+        raise InputError("the sound is shorter than one block")
+    live = LiveAudio(encoder, config)
+    live.push(waveform, SAMPLE_RATE)
+    live.finish()
+    heard = torch.cat([live.features(start, start + 12) for start in range(0, frames, 12)], dim=2)
+    whole = encoder.hidden_states(normalise(waveform))
+
+    def distance(reference: Tensor) -> npt.NDArray[np.float64]:
+        error = (heard.double() - reference.double()).flatten(1).norm(dim=1) / reference.double().flatten(1).norm(dim=1)
+        return np.asarray(error.cpu())
+
+    return LiveDistance(
+        distance(encoder.encode_file(waveform)[:, :, :frames]), distance(on_absolute_grid(whole, 0, 0, frames))
+    )

@@ -1,0 +1,145 @@
+"""Prompt -> umT5 encoder states (spec vae_audio_text.md section 5), through transformers."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liverelay.engine.errors import CheckpointError, InputError, MissingExtraError
+from liverelay.engine.models.weights import check_shapes
+
+TEXT_LEN = 512
+Shapes = dict[str, tuple[int, ...]]
+_LEAVES = {
+    "norm1.weight": "layer.0.layer_norm.weight",
+    "attn.q.weight": "layer.0.SelfAttention.q.weight",
+    "attn.k.weight": "layer.0.SelfAttention.k.weight",
+    "attn.v.weight": "layer.0.SelfAttention.v.weight",
+    "attn.o.weight": "layer.0.SelfAttention.o.weight",
+    "pos_embedding.embedding.weight": "layer.0.SelfAttention.relative_attention_bias.weight",
+    "norm2.weight": "layer.1.layer_norm.weight",
+    "ffn.gate.0.weight": "layer.1.DenseReluDense.wi_0.weight",
+    "ffn.fc1.weight": "layer.1.DenseReluDense.wi_1.weight",
+    "ffn.fc2.weight": "layer.1.DenseReluDense.wo.weight",
+}
+
+
+def clean_text(text: str) -> str:
+    """ftfy, HTML-unescape twice, strip, every run of Unicode white space to one space (spec 5.1). Case is kept."""
+    try:
+        import ftfy
+        import regex
+    except ImportError as error:
+        raise MissingExtraError(error.name or "ftfy", "to clean prompts", "text") from None
+    fixed = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return str(regex.sub(r"\s+", " ", fixed)).strip()
+
+
+def text_shapes(vocab: int, dim: int, dim_ffn: int, heads: int, dim_attn: int, layers: int) -> Shapes:
+    """Every key of the published encoder with its shape (spec 5.3)."""
+    per_layer: Shapes = {
+        "norm1.weight": (dim,),
+        **{f"attn.{part}.weight": (dim_attn, dim) for part in "qkv"},
+        "attn.o.weight": (dim, dim_attn),
+        "pos_embedding.embedding.weight": (32, heads),
+        "norm2.weight": (dim,),
+        "ffn.gate.0.weight": (dim_ffn, dim),
+        "ffn.fc1.weight": (dim_ffn, dim),
+        "ffn.fc2.weight": (dim, dim_ffn),
+    }
+    shapes: Shapes = {"token_embedding.weight": (vocab, dim), "norm.weight": (dim,)}
+    for i in range(layers):
+        shapes |= {f"blocks.{i}.{leaf}": shape for leaf, shape in per_layer.items()}
+    return shapes
+
+
+def library_key(key: str) -> str:
+    """The name that transformers' UMT5EncoderModel gives to a published key."""
+    if key.startswith("blocks."):
+        _, index, leaf = key.split(".", 2)
+        return f"encoder.block.{index}.{_LEAVES[leaf]}"
+    return {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}[key]
+
+
+class TextEncoder:
+    """umT5 encoder with its tokenizer."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, device: torch.device, text_len: int) -> None:
+        self._model, self._tokenizer, self._device, self._text_len = model, tokenizer, device, text_len
+
+    @classmethod
+    def load(
+        cls,
+        weights: Mapping[str, Tensor],
+        tokenizer: Path | None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        text_len: int = TEXT_LEN,
+    ) -> TextEncoder:
+        """Build from published tensors and a tokenizer folder (None: only `encode_ids` can be used).
+
+        Sizes come from the tensors' shapes. CheckpointError names a key or shape that does not fit.
+        """
+        shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+        needed = [f"blocks.0.{leaf}" for leaf in ("attn.q.weight", "pos_embedding.embedding.weight", "ffn.fc1.weight")]
+        for key in ("token_embedding.weight", *needed):
+            if len(shapes.get(key, ())) != 2:
+                raise CheckpointError(f"the text encoder's weights lack '{key}'")
+        (vocab, dim), (dim_attn, _) = shapes["token_embedding.weight"], shapes[needed[0]]
+        heads, dim_ffn = shapes[needed[1]][1], shapes[needed[2]][0]
+        layers = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
+        check_shapes(shapes, text_shapes(vocab, dim, dim_ffn, heads, dim_attn, layers), "the text encoder's file")
+        model = _build(vocab=vocab, dim=dim, dim_ffn=dim_ffn, heads=heads, dim_attn=dim_attn, layers=layers)
+        state = {library_key(key): tensor.to(device=device, dtype=dtype) for key, tensor in weights.items()}
+        state["encoder.embed_tokens.weight"] = state["shared.weight"]
+        model.load_state_dict(state, assign=True)
+        return cls(model.eval(), _tokenizer(tokenizer), device=torch.device(device), text_len=text_len)
+
+    def encode(self, prompt: str) -> Tensor:
+        """States of a prompt [n, dim], n <= text_len with the end token; no padding (it changes no valid row)."""
+        if self._tokenizer is None:
+            raise InputError("this text encoder was loaded without a tokenizer")
+        ids = self._tokenizer(clean_text(prompt), truncation=True, max_length=self._text_len)["input_ids"]
+        tokens = torch.tensor([ids])
+        return self.encode_ids(tokens, torch.ones_like(tokens))[0]
+
+    @torch.inference_mode()
+    def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask [N, n] int64 -> states after the final norm [N, n, dim]; rows where mask is 0 mean nothing."""
+        out = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device))
+        states: Tensor = out.last_hidden_state
+        return states
+
+
+def _build(*, vocab: int, dim: int, dim_ffn: int, heads: int, dim_attn: int, layers: int) -> Any:
+    """The model on the meta device: no memory until its tensors are assigned."""
+    try:
+        from transformers import UMT5Config, UMT5EncoderModel
+    except ImportError:
+        raise MissingExtraError("transformers", "to encode prompts", "text") from None
+    config = UMT5Config(
+        vocab_size=vocab, d_model=dim, d_kv=dim_attn // heads, d_ff=dim_ffn, num_layers=layers, num_heads=heads,
+        relative_attention_num_buckets=32, relative_attention_max_distance=128, feed_forward_proj="gated-gelu",
+        layer_norm_epsilon=1e-6, dropout_rate=0.0,
+    )
+    with torch.device("meta"):
+        # Eager attention is bit-equal to the published encoder in bfloat16 (spec section 11).
+        return UMT5EncoderModel._from_config(config, attn_implementation="eager")
+
+
+def _tokenizer(folder: Path | None) -> Any:
+    if folder is None:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+        line = (str(error).strip() or repr(error)).splitlines()[0]
+        raise CheckpointError(f"{folder} is not a readable tokenizer folder: {line}") from None

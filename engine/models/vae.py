@@ -1,0 +1,129 @@
+"""The Wan VAE: encoder, and the streaming decoder that is a stage of the pipeline.
+
+No modules: a table of weights, and functions over static feature caches. Each causal convolution owns a buffer
+[history | chunk]; norm and SiLU write straight into it, the convolution reads it whole, and its last two frames
+become the history of the next call. Zero history is the published left padding. Source: spec vae_audio_text.md 1, 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from liverelay.engine.errors import InputError
+from liverelay.engine.models.vae_config import VAEConfig, expected_shapes
+from liverelay.engine.models.vae_layers import FeatureCache, Layers
+from liverelay.engine.models.weights import check_shapes
+from liverelay.kernels import vae_ops
+
+CHUNK = 4  # video frames of a later latent
+STRIDE = 8  # pixels of a latent position
+
+
+class VAE:
+    """Encoder and decoder on one device.
+
+    decode: latents in, frames out, one latent at a time against a `FeatureCache` made by `new_decoder`;
+    encode: keeps its own cache, so it never disturbs a stream that is being decoded.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], config: VAEConfig, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
+        rounded = {key: tensor.to(device, dtype) for key, tensor in weights.items()}
+        halves = [
+            {key: tensor for key, tensor in rounded.items() if key.startswith(("encoder.", "conv1.")) == encoder}
+            for encoder in (True, False)
+        ]
+        # The encoder runs once a session and its error stays in the sink and in the primed decoder for the whole
+        # stream: it keeps float32 activations (TF32 convolutions on a GPU), which halves the error of bfloat16.
+        self._encoder = Layers(halves[0], vae_ops, device, operand=torch.float32, stream=torch.float32)
+        stream = torch.float32 if device.type == "cpu" else dtype
+        self._decoder = Layers(halves[1], vae_ops, device, operand=dtype, stream=stream)
+        mean, std = (torch.tensor(part, device=device).to(dtype) for part in (config.latent_mean, config.latent_std))
+        self._mean, self._inverse_std = (part.float().view(-1, 1, 1, 1) for part in (mean, 1.0 / std))
+
+    @classmethod
+    def load(
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        config: VAEConfig | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> VAE:
+        """Build from the published state dict. CheckpointError names the first key or shape that does not fit."""
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        config = config or VAEConfig.from_shapes(shapes)
+        check_shapes(shapes, expected_shapes(config), "the VAE checkpoint")
+        return cls(tensors, config, device=torch.device(device), dtype=dtype)
+
+    # -- public ----------------------------------------------------------------------------------------------------
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video [3, T, H, W] in [-1, 1] -> normalised latents [16, 1 + (T-1)//4, H/8, W/8] float32.
+
+        Frames are taken as 1, 4, 4, ...; left-over frames are ignored, as published. H and W: multiples of 8.
+        """
+        if video.dim() != 4 or video.shape[0] != 3 or video.shape[2] % 8 or video.shape[3] % 8 or not video.shape[1]:
+            raise InputError(f"cannot encode {list(video.shape)}; expected [3, T, H, W] with H and W multiples of 8")
+        cache, latents = FeatureCache(), []
+        ends = range(1, video.shape[1] + 1, 4)
+        for end in ends:
+            chunk = video[:, max(0, end - 4) : end].transpose(0, 1).to(self.device, self.dtype).float()
+            latents.append(self._encode_chunk(chunk, cache))
+            cache.first = False
+        mean = torch.cat(latents, dim=1)
+        return (mean - self._mean) * self._inverse_std
+
+    def new_decoder(self, latent_h: int, latent_w: int) -> FeatureCache:
+        """An empty cache for one stream of this latent size, allocated once."""
+        cache = FeatureCache()
+        for name, (channels, frames, scale) in self.config.decoder_slots().items():
+            cache.buffers[name] = self._decoder.make(channels, 2 + frames, latent_h * scale, latent_w * scale)
+        return cache
+
+    def decode(self, latents: Tensor, cache: FeatureCache) -> Tensor:
+        """latents [16, N, h, w] -> frames [3, 4N, 8h, 8w] float32 in [-1, 1]; the very first latent gives 1 frame.
+
+        Streaming: splitting the latents over several calls changes nothing.
+        """
+        x = latents.float() / self._inverse_std + self._mean  # constants hold working-dtype values (spec 1.5)
+        frames = []
+        for i in range(x.shape[1]):
+            frames.append(self._decode_latent(x[:, i].unsqueeze(0), cache))
+            cache.first = False
+        return torch.cat(frames, dim=1)
+
+    def prime(self, cache: FeatureCache, motion: Tensor) -> Tensor:
+        """Warm a new stream up with the first motion latents [16, 7, h, w]; the frames are of no use (spec 2.5)."""
+        return self.decode(motion.to(self.device), cache)
+
+    def to_uint8(self, frames: Tensor) -> Tensor:
+        """Frames [3, T, H, W] in [-1, 1] -> bytes [T, H, W, 3], truncated as published (spec section 7)."""
+        return vae_ops.to_uint8(frames)
+
+    # -- the two halves --------------------------------------------------------------------------------------------
+
+    def _encode_chunk(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        """[n, 3, H, W] -> the unnormalised mean [16, n', H/8, W/8]."""
+        run = self._encoder
+        x = run.causal("encoder.conv1", x, cache)
+        for name, kind in self.config.encoder_plan():
+            x = run.residual(name, x, cache) if kind == "residual" else run.down(name, x, cache, kind == "down3d")
+        x = run.middle("encoder.middle", x, cache)
+        x = run.norm_conv("encoder.head.0", "encoder.head.2", x, cache)
+        return run.conv("conv1", x)[:, : self.config.z_dim].transpose(0, 1)
+
+    def _decode_latent(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        """[1, 16, h, w] -> frames [3, n, 8h, 8w]."""
+        run = self._decoder
+        x = run.causal("decoder.conv1", run.conv("conv2", x), cache)
+        x = run.middle("decoder.middle", x, cache)
+        for name, kind in self.config.decoder_plan():
+            x = run.residual(name, x, cache) if kind == "residual" else run.up(name, x, cache, kind == "up3d")
+        x = run.norm_conv("decoder.head.0", "decoder.head.2", x, cache)
+        return x.transpose(0, 1).float().clamp_(-1, 1)

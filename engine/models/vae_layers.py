@@ -1,0 +1,178 @@
+"""The VAE's building blocks as functions over a table of weights and static feature caches.
+
+Activations are [n, C, h, w], one row a frame: channels last on a GPU, where that is the layout of its 3-D
+convolutions; on a CPU three neighbouring frames of a contiguous buffer are the 3C input channels of a 2-D
+convolution, without a copy. Source: spec vae_audio_text.md 1.1, 2.1 to 2.3, 2.6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Conv:
+    """Weight and bias of one convolution, in the layout and dtype that it is computed in."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass
+class FeatureCache:
+    """Static [history | chunk] buffers of one stream, by name of the convolution that reads them.
+
+    `first`: nothing was decoded (encoded) yet; then the time convolutions are skipped (spec 2.2, 2.3).
+    """
+
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    first: bool = True
+
+    def reset(self) -> None:
+        """Back to the empty cache of a new stream."""
+        for buffer in self.buffers.values():
+            buffer.zero_()
+        self.first = True
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+
+class Layers:
+    """Convolutions, norms and blocks of one half of the VAE.
+
+    operand: dtype that a convolution's inputs and weights are rounded to; stream: dtype of everything between
+    convolutions. A CPU convolves in float32, which is the definition of a 16-bit convolution before its rounding.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], ops: ModuleType, device: torch.device, *, operand: torch.dtype,
+        stream: torch.dtype,
+    ) -> None:
+        self.ops, self.device, self.operand, self.stream = ops, device, operand, stream
+        self._on_cpu = device.type == "cpu"
+        self._compute = torch.float32 if self._on_cpu else operand
+        self._format = torch.contiguous_format if self._on_cpu else torch.channels_last
+        self._convs: dict[str, Conv] = {}
+        self._gammas: dict[str, Tensor] = {}
+        for key, tensor in weights.items():
+            name, leaf = key.rsplit(".", 1)
+            if leaf == "gamma":
+                self._gammas[name] = tensor.flatten().to(device, torch.float32)
+            elif leaf == "weight":
+                bias = weights[f"{name}.bias"].to(device, self._compute)
+                self._convs[name] = Conv(self._arrange(tensor.to(device, self._compute)), bias)
+
+    def _arrange(self, weight: Tensor) -> Tensor:
+        """2-D throughout on a CPU (time taps become channels); channels last elsewhere. Never the caller's memory."""
+        if weight.dim() == 5 and (self._on_cpu or weight.shape[2] == 1):
+            weight = weight.transpose(1, 2).flatten(1, 2)
+        layout = torch.channels_last_3d if weight.dim() == 5 else self._format
+        return weight.clone(memory_format=layout)
+
+
+    def conv(self, name: str, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
+        """A 2-D (or 1x1x1) convolution, frame by frame."""
+        conv = self._convs[name]
+        return F.conv2d(x.to(self.operand).to(self._compute), conv.weight, conv.bias, stride, padding).to(self.stream)
+
+    def _time_conv(self, name: str, slot: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
+        """A convolution over three frames at a time: slot [2 + n, C, h, w] -> [n (every stride-th), C', h, w]."""
+        conv = self._convs[name]
+        x = slot.to(self._compute)
+        if self._on_cpu:
+            frames, channels, height, width = x.shape
+            step = channels * height * width
+            windows = x.as_strided(
+                ((frames - 3) // stride + 1, 3 * channels, height, width), (stride * step, height * width, width, 1)
+            )
+            return F.conv2d(windows, conv.weight, conv.bias, padding=padding).to(self.stream)
+        volume = x.transpose(0, 1).unsqueeze(0)
+        y = F.conv3d(volume, conv.weight, conv.bias, (stride, 1, 1), (0, padding, padding))
+        return y[0].transpose(0, 1).to(self.stream)
+
+    def make(self, channels: int, frames: int, height: int, width: int) -> Tensor:
+        """An empty feature buffer; its zeros are the published left padding."""
+        buffer = torch.zeros((frames, channels, height, width), device=self.device, dtype=self.operand)
+        return buffer.contiguous(memory_format=self._format)
+
+    def _slot(self, name: str, x: Tensor, cache: FeatureCache, history: int = 2) -> Tensor:
+        """The [history | chunk] view for a chunk like x; made at first use where the cache did not foresee it."""
+        frames = history + x.shape[0]
+        buffer = cache.buffers.get(name)
+        if buffer is None or buffer.shape[0] < frames:
+            grown = self.make(x.shape[1], frames, x.shape[2], x.shape[3])
+            if buffer is not None:
+                grown[:history].copy_(buffer[:history])
+            buffer = cache.buffers[name] = grown
+        return buffer[:frames]
+
+    @staticmethod
+    def _keep_history(slot: Tensor, history: int = 2) -> None:
+        """The slot's last frames become its first, in an order that is safe where the two overlap."""
+        frames = slot.shape[0]
+        for i in range(history):
+            slot[i].copy_(slot[frames - history + i])
+
+    def causal(self, conv: str, x: Tensor, cache: FeatureCache, padding: int = 1) -> Tensor:
+        """A causal convolution over time of x itself."""
+        slot = self._slot(conv, x, cache)
+        slot[2:].copy_(x)
+        y = self._time_conv(conv, slot, padding=padding)
+        self._keep_history(slot)
+        return y
+
+    def norm_conv(self, norm: str, conv: str, x: Tensor, cache: FeatureCache) -> Tensor:
+        """Norm, SiLU and a causal 3x3x3 convolution."""
+        slot = self._slot(conv, x, cache)
+        self.ops.vae_norm_silu(x, self._gammas[norm], slot[2:])
+        y = self._time_conv(conv, slot, padding=1)
+        self._keep_history(slot)
+        return y
+
+    def residual(self, name: str, x: Tensor, cache: FeatureCache) -> Tensor:
+        """Two norm-SiLU-convolutions and the shortcut."""
+        y = self.norm_conv(f"{name}.residual.0", f"{name}.residual.2", x, cache)
+        y = self.norm_conv(f"{name}.residual.3", f"{name}.residual.6", y, cache)
+        shortcut = self.conv(f"{name}.shortcut", x) if f"{name}.shortcut" in self._convs else x
+        return y.add_(shortcut)
+
+    def middle(self, name: str, x: Tensor, cache: FeatureCache) -> Tensor:
+        """Residual block, attention, residual block."""
+        x = self.residual(f"{name}.0", x, cache)
+        x = self.attention(f"{name}.1", x)
+        return self.residual(f"{name}.2", x, cache)
+
+    def attention(self, name: str, x: Tensor) -> Tensor:
+        """Single-head attention over the positions of each frame, plus x."""
+        normed = self.ops.vae_norm(x, self._gammas[f"{name}.norm"])
+        qkv = self.conv(f"{name}.to_qkv", normed).flatten(2).transpose(1, 2)  # [n, h w, 3C]
+        q, k, v = (part.unsqueeze(1) for part in qkv.chunk(3, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return x + self.conv(f"{name}.proj", y.transpose(1, 2).reshape(x.shape))
+
+    def up(self, name: str, x: Tensor, cache: FeatureCache, temporal: bool) -> Tensor:
+        """Double height and width; with `temporal` first double the frames, except for the very first latent."""
+        if temporal and not cache.first:
+            y = self.causal(f"{name}.time_conv", x, cache, padding=0)
+            x = y.unflatten(1, (2, -1)).flatten(0, 1)  # the two halves of the channels are neighbours in time
+        doubled = F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
+        return self.conv(f"{name}.resample.1", doubled, padding=1)
+
+    def down(self, name: str, x: Tensor, cache: FeatureCache, temporal: bool) -> Tensor:
+        """Halve height and width; with `temporal` then halve the frames, except for the very first chunk."""
+        x = self.conv(f"{name}.resample.1", F.pad(x, (0, 1, 0, 1)), stride=2)
+        if not temporal:
+            return x
+        slot = self._slot(f"{name}.time_conv", x, cache, history=1)
+        slot[1:].copy_(x)
+        y = x if cache.first else self._time_conv(f"{name}.time_conv", slot, stride=2)
+        self._keep_history(slot, history=1)
+        return y

@@ -1,0 +1,55 @@
+"""Live progress of a long generation: blocks, frames, FPS, real-time factor, time to go."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+LINE_EVERY_S = 5.0
+
+
+class Progress:
+    """One line on standard error, rewritten in place on a terminal, printed now and then elsewhere."""
+
+    def __init__(self, total_frames: int | None, fps: int, stream: TextIO | None = None) -> None:
+        self._total, self._fps = total_frames, fps
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._started = time.perf_counter()
+        self._shown = self._started
+        self.first_frame_s: float | None = None
+
+    def update(self, block: int, frames: int) -> None:
+        """Show that `frames` video frames are done after `block` blocks."""
+        now = time.perf_counter()
+        if self.first_frame_s is None:
+            self.first_frame_s = now - self._started
+        if self._live or now - self._shown >= LINE_EVERY_S:
+            self._shown = now
+            self._write(self.line(block, frames, now - self._started))
+
+    def line(self, block: int, frames: int, elapsed: float) -> str:
+        """The text of the progress line."""
+        rate = frames / max(elapsed, 1e-9)
+        text = f"block {block}  frame {frames}"
+        if self._total:
+            to_go = (self._total - frames) / max(rate, 1e-9)
+            text += f"/{self._total} ({100 * frames // self._total}%)  {_clock(to_go)} to go"
+        return f"{text}  {rate:.1f} FPS  {rate / self._fps:.2f}x real time"
+
+    def finish(self) -> None:
+        """End the line."""
+        if self._live:
+            self._stream.write("\n")
+            self._stream.flush()
+
+    def _write(self, text: str) -> None:
+        self._stream.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
+        self._stream.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,63 @@
+"""Shared by all tests: threads, poisoned memory, fresh seeds, the golden folder, a tiny checkpoint."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = Path(os.environ.get("LIVERELAY_GOLDEN", ROOT.parent / "shared" / "golden"))
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture
+def golden() -> Path:
+    """The folder of tensors from the published model; the test is skipped where it is absent."""
+    if not GOLDEN.is_dir():
+        pytest.skip("no golden tensors here (set LIVERELAY_GOLDEN to their folder)")
+    return GOLDEN
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A fresh seed for every run; it is printed when the test fails. LIVERELAY_TEST_SEED sets it."""
+    value = int(os.environ.get("LIVERELAY_TEST_SEED", random.SystemRandom().randrange(1 << 31)))
+    print(f"LIVERELAY_TEST_SEED={value}")
+    return value
+
+
+@pytest.fixture
+def rng(seed: int) -> torch.Generator:
+    """A torch generator with the test's fresh seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def numbers(seed: int) -> np.random.Generator:
+    """A numpy generator with the test's fresh seed."""
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN, so that a kernel that leaves a part of its output unwritten is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random checkpoint in the published layout."""
+    from liverelay.engine.make_checkpoint import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", seed=7)
