@@ -11,7 +11,7 @@ OWN := $(if $(filter command,$(firstword $(origin PYTHON))),$(shell $(PYTHON) -c
 
 # The stamp is older than what decides the environment exactly when that must be made anew.
 ifdef OWN
-RUN := PYTHONPATH=.links $(PYTHON)
+RUN := PYTHONPATH=$(CURDIR)/.links $(PYTHON)
 STAMP := build/.stamp-$(OWN)
 else
 RUN := .venv/bin/python
@@ -34,7 +34,7 @@ setup: $(STAMP)
 build/.stamp-%: $(SOURCES)
 	@echo "using $(PYTHON) as it is: it has torch and triton"
 	@$(PYTHON) setup.py --quiet build_ext --inplace >/dev/null 2>&1 || true
-	@PYTHONPATH=.links $(PYTHON) -c "import liverelay.engine._C" 2>/dev/null || echo "$(NO_C)"
+	@PYTHONPATH=$(CURDIR)/.links $(PYTHON) -c "import liverelay.engine._C" 2>/dev/null || echo "$(NO_C)"
 	@mkdir -p build && touch $@
 
 NO_C = the compiled module was not built (it needs a C++ compiler, cmake, ninja and pybind11): its Python twin is used

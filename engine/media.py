@@ -37,9 +37,9 @@ def _av() -> Any:
 def check_writable(path: Path) -> None:
     """OutputError when no file of this name can be made: no folder, a folder of that name, no permission, no space."""
     folder = path.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise OutputError(f"cannot write {path}: the folder {folder} does not exist")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise OutputError(f"cannot write {path}: it is a folder")
     probe = part_path(path)
     try:
@@ -50,7 +50,16 @@ def check_writable(path: Path) -> None:
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from None
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+def container_of(path: Path) -> str:
+    """ffmpeg's name of the container that the suffix stands for; InputError when it is none that we write."""
+    try:
+        return CONTAINERS[path.suffix.lower()]
+    except KeyError:
+        raise InputError(f"cannot write {path}: give a name that ends in {', '.join(CONTAINERS)}") from None
 
 
 def part_path(path: Path) -> Path:
@@ -68,13 +77,10 @@ class VideoWriter:
         self, path: Path, *, fps: int, size: tuple[int, int], audio_rate: int, audio_channels: int = 1,
         crf: int = CRF, preset: str = "medium",
     ) -> None:
-        av = _av()
+        av, container = _av(), container_of(path)
         self.path, self.frames = path, 0
-        container = CONTAINERS.get(path.suffix.lower())
-        if container is None:
-            raise InputError(f"cannot write '{path.suffix}' files; give a name that ends in {', '.join(CONTAINERS)}")
         self._part = part_path(path)
-        options = {"movflags": "faststart"} if container in ("mp4", "mov") else {}
+        options = {} if container == "matroska" else {"movflags": "faststart"}
         try:
             self._file = av.open(str(self._part), "w", format=container, options=options)
         except OSError as error:
@@ -82,13 +88,12 @@ class VideoWriter:
         self._video = self._file.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": preset})
         self._video.width, self._video.height, self._video.pix_fmt = *size, "yuv420p"
         self._tick = Fraction(1, fps)
-        self._rate, layout = audio_rate, "mono" if audio_channels == 1 else "stereo"
+        self._channels, self._layout = (1, "mono") if audio_channels == 1 else (2, "stereo")
+        self._rate, self._samples = audio_rate, 0
         aac_rate = audio_rate if audio_rate in _AAC_RATES else 48000
-        self._sound = self._file.add_stream("aac", rate=aac_rate, layout=layout)
+        self._sound = self._file.add_stream("aac", rate=aac_rate, layout=self._layout)
         self._sound.bit_rate = min(AUDIO_BIT_RATE, 6 * aac_rate)
-        self._resampler = av.AudioResampler(format="fltp", layout=layout, rate=aac_rate, frame_size=1024)
-        self._samples = 0
-        self._channels = 1 if layout == "mono" else 2
+        self._resampler = av.AudioResampler(format="fltp", layout=self._layout, rate=aac_rate, frame_size=1024)
 
     def write(self, frames: Frames, audio: npt.NDArray[np.float32]) -> None:
         """Append frames [n, H, W, 3] and the sound that belongs to them, [m] or [m, channels] in [-1, 1]."""
@@ -107,10 +112,9 @@ class VideoWriter:
         if not len(audio):
             return
         planes = audio.reshape(len(audio), -1).T
-        if len(planes) > 2:  # more than stereo: a fair mix rather than a guess at the layout
-            planes = np.repeat(planes.mean(axis=0, keepdims=True), 2, axis=0)
-        layout = "mono" if self._channels == 1 else "stereo"
-        frame = _av().AudioFrame.from_ndarray(np.ascontiguousarray(planes, dtype=np.float32), "fltp", layout)
+        if len(planes) != self._channels:  # more than stereo, say: a fair mix rather than a guess at the layout
+            planes = np.repeat(planes.mean(axis=0, keepdims=True), self._channels, axis=0)
+        frame = _av().AudioFrame.from_ndarray(np.ascontiguousarray(planes, dtype=np.float32), "fltp", self._layout)
         frame.sample_rate, frame.pts, frame.time_base = self._rate, self._samples, Fraction(1, self._rate)
         self._samples += len(audio)
         for piece in self._resampler.resample(frame):
@@ -155,6 +159,11 @@ class ContactSheet:
                     self._kept = self._kept[::2]
                     self._stride *= 2
             self._count += 1
+
+    @property
+    def kept_frames(self) -> int:
+        """How many frames are held now."""
+        return len(self._kept)
 
     def save(self, path: Path) -> None:
         """Write the sheet as a picture; the suffix chooses the format. OutputError when it cannot be written."""

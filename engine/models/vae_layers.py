@@ -7,13 +7,15 @@ convolution, without a copy. Source: spec vae_audio_text.md 1.1, 2.1 to 2.3, 2.6
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from liverelay.kernels import vae_ops
 
 
 @dataclass
@@ -48,27 +50,30 @@ class FeatureCache:
 class Layers:
     """Convolutions, norms and blocks of one half of the VAE.
 
-    operand: dtype that a convolution's inputs and weights are rounded to; stream: dtype of everything between
-    convolutions. A CPU convolves in float32, which is the definition of a 16-bit convolution before its rounding.
+    keys: those of `weights` that this half needs; values: dtype that all weights are rounded to; operand: dtype that
+    a convolution's inputs are rounded to; stream: dtype of everything between convolutions. A CPU convolves in
+    float32, which is the definition of a 16-bit convolution before its rounding.
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], ops: ModuleType, device: torch.device, *, operand: torch.dtype,
-        stream: torch.dtype,
+        self, weights: Mapping[str, Tensor], keys: Iterable[str], device: torch.device, *, values: torch.dtype,
+        operand: torch.dtype, stream: torch.dtype,
     ) -> None:
-        self.ops, self.device, self.operand, self.stream = ops, device, operand, stream
+        self.ops: ModuleType = vae_ops
+        self.device, self.operand, self.stream = device, operand, stream
         self._on_cpu = device.type == "cpu"
         self._compute = torch.float32 if self._on_cpu else operand
         self._format = torch.contiguous_format if self._on_cpu else torch.channels_last
         self._convs: dict[str, Conv] = {}
         self._gammas: dict[str, Tensor] = {}
-        for key, tensor in weights.items():
+        for key in keys:
             name, leaf = key.rsplit(".", 1)
+            value = weights[key].to(device, values)
             if leaf == "gamma":
-                self._gammas[name] = tensor.flatten().to(device, torch.float32)
+                self._gammas[name] = value.flatten().float()
             elif leaf == "weight":
-                bias = weights[f"{name}.bias"].to(device, self._compute)
-                self._convs[name] = Conv(self._arrange(tensor.to(device, self._compute)), bias)
+                bias = weights[f"{name}.bias"].to(device, values).to(self._compute)
+                self._convs[name] = Conv(self._arrange(value.to(self._compute)), bias)
 
     def _arrange(self, weight: Tensor) -> Tensor:
         """2-D throughout on a CPU (time taps become channels); channels last elsewhere. Never the caller's memory."""

@@ -79,7 +79,7 @@ def open_pth(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        line = (str(error).strip() or repr(error)).splitlines()[0]
+        line = (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0]
         raise CheckpointError(f"{path} is truncated or not a weights-only file: {line}") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path} does not hold a plain table of tensors")
