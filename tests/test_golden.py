@@ -21,7 +21,8 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 
 def check_transformer(got: dict[str, Tensor], folder: Path, name: str, dtype: torch.dtype, only: str) -> None:
-    exact = {key: value for key, value in load_file(folder / f"{name}.fp32.safetensors").items() if key.startswith(only)}
+    exact = load_file(folder / f"{name}.fp32.safetensors")
+    exact = {key: value for key, value in exact.items() if key.startswith(only)}
     rounded = load_file(folder / f"{name}.bf16.safetensors")
     assert exact
     for key, value in exact.items():
@@ -52,8 +53,7 @@ def test_rollout_of_three_clips(golden: Path, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("prefixed", [False, True])
 def test_lora_merge_is_equal_to_the_bit(golden: Path, tmp_path: Path, prefixed: bool) -> None:
     folder = golden / "lora"
-    for name in ("meta.json",):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "meta.json").write_bytes((folder / "meta.json").read_bytes())
     source = "lora_prefixed.safetensors" if prefixed else "lora.safetensors"
     (tmp_path / "lora.safetensors").write_bytes((folder / source).read_bytes())
     got = run("lora", tmp_path, GoldenOptions(weights=golden / "dit_tiny" / "weights.safetensors"))
@@ -80,7 +80,8 @@ def test_vae_in_bfloat16(golden: Path) -> None:
 
 
 def vae_expected(folder: Path) -> dict[str, Tensor]:
-    return {k: v for f in ("encode", "decode", "stream_decode") for k, v in load_file(folder / f"{f}.safetensors").items()}
+    files = (load_file(folder / f"{name}.safetensors") for name in ("encode", "decode", "stream_decode"))
+    return {name: tensor for tensors in files for name, tensor in tensors.items()}
 
 
 def test_audio_front_end(golden: Path) -> None:
@@ -113,7 +114,8 @@ def test_text_encoder(golden: Path, dtype: torch.dtype) -> None:
 def test_image_sizes_and_pixels(golden: Path) -> None:
     folder = golden / "image"
     got = run("image", folder, GoldenOptions())
-    sizes = [[case["out_height"], case["out_width"]] for case in json.loads((folder / "sizes.json").read_text())["cases"]]
+    cases = json.loads((folder / "sizes.json").read_text())["cases"]
+    sizes = [[case["out_height"], case["out_width"]] for case in cases]
     assert got["sizes"].tolist() == sizes
     images = load_file(folder / "images.safetensors")
     for name in json.loads((folder / "cases.json").read_text())["images"]:

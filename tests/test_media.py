@@ -164,7 +164,7 @@ def test_unwritable_places_are_named(tmp_path: Path) -> None:
 
 def test_a_folder_that_goes_away_is_named(tmp_path: Path, numbers: np.random.Generator) -> None:
     writer = tiny(tmp_path / "nowhere" / "video.mp4")
-    with pytest.raises(OutputError, match="nowhere.*No such file"):
+    with pytest.raises(OutputError, match=r"nowhere.*No such file"):
         for _ in range(30):
             writer.write(*noise(numbers))
     writer.abort()
