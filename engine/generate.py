@@ -10,7 +10,7 @@ from liverelay.engine.engine import DEFAULT_MAX_AREA, Engine
 from liverelay.engine.errors import OutputError
 from liverelay.engine.media import ContactSheet, VideoWriter, check_writable
 from liverelay.engine.models.audio import SAMPLE_RATE, read_audio, resample
-from liverelay.engine.progress import Progress
+from liverelay.engine.progress import Progress, uninterrupted
 from liverelay.engine.session import Chunk, Samples, Session
 
 LIVE_PIECE_S = 0.1
@@ -54,8 +54,10 @@ def generate(engine: Engine, options: GenerateOptions) -> GenerateResult:
     """Write the video with its sound; on KeyboardInterrupt what is done becomes a playable file.
 
     The sound file's own samples go into the video; the model hears them at 16 kHz. `seconds` cuts the sound first.
+    A video that has the name already is replaced by a finished one only: one that was cut short gets another name.
     """
     check_outputs(options)
+    replaces = options.out.exists()
     fps = engine.stream.fps
     sound, rate = read_audio(options.audio)
     if options.seconds is not None:
@@ -73,7 +75,8 @@ def generate(engine: Engine, options: GenerateOptions) -> GenerateResult:
     try:
         for chunk in _chunks(session, waveform, live=options.live):
             start, end = (frame * rate // fps for frame in (chunk.first_frame, chunk.first_frame + len(chunk.frames)))
-            writer.write(chunk.frames, sound[start:end])
+            with uninterrupted():  # packets lost half-way would spoil the file
+                writer.write(chunk.frames, sound[start:end])
             sheet.add(chunk.frames)
             progress.update(chunk.block + 1, session.next_frame)
     except KeyboardInterrupt:
@@ -85,10 +88,14 @@ def generate(engine: Engine, options: GenerateOptions) -> GenerateResult:
     if not writer.frames:
         writer.abort()
         raise KeyboardInterrupt
-    writer.close()
-    if options.contact_sheet is not None:
-        sheet.save(options.contact_sheet)
-    return GenerateResult(options.out, writer.frames, interrupted)
+    name = options.out
+    if interrupted and replaces:
+        name = name.with_name(f"{name.stem}.interrupted{name.suffix}")
+    with uninterrupted():
+        writer.close(name)
+        if options.contact_sheet is not None:
+            sheet.save(options.contact_sheet)
+    return GenerateResult(name, writer.frames, interrupted)
 
 
 def _chunks(session: Session, waveform: Samples, *, live: bool) -> Iterator[Chunk]:

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 soundfile = pytest.importorskip("soundfile", reason="soundfile is not installed")
 
 from PIL import Image  # noqa: E402
 
+from liverelay.engine.cli import main  # noqa: E402
 from liverelay.engine.media import probe  # noqa: E402
-
-SIZE = "64x64"
-
-
-def liverelay(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "liverelay.engine", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -42,35 +35,45 @@ def write_sound(path: Path, seconds: float, rate: int = 16000, channels: int = 1
     return path
 
 
-def arguments(checkpoint: Path, picture: Path, sound: Path, out: Path) -> Sequence[object]:
-    return (
+def arguments(checkpoint: Path, picture: Path, sound: Path, out: Path, *more: object) -> list[str]:
+    given = (
         "generate", "--checkpoint", checkpoint, "--image", picture, "--audio", sound, "--prompt", "A person talks.",
-        "--out", out, "--size", SIZE, "--threads", 1,
-    )
+        "--out", out, "--size", "64x64", *more,
+    )  # fmt: skip
+    return [str(part) for part in given]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("seconds", "rate", "channels", "live"),
-    [(1.3, 16000, 1, False), (0.7, 44100, 2, False), (1.0, 8000, 1, True), (0.02, 48000, 1, False)],
+    ("seconds", "rate", "channels", "flags"),
+    [
+        (1.3, 16000, 1, []),
+        (0.7, 44100, 2, ["--dtype", "bfloat16"]),
+        (1.0, 8000, 1, ["--live"]),
+        (0.02, 48000, 1, []),
+        (2.0, 22050, 3, ["--seconds", "0.6"]),
+    ],
 )
 def test_video_lasts_as_long_as_the_sound(
-    checkpoint: Path, picture: Path, tmp_path: Path, seconds: float, rate: int, channels: int, live: bool
+    checkpoint: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds: float, rate: int,
+    channels: int, flags: list[str],
 ) -> None:
     sound = write_sound(tmp_path / "sound.wav", seconds, rate, channels)
-    out = tmp_path / "video.mp4"
-    sheet = tmp_path / "sheet.png"
-    flags = ["--live"] if live else []
-    done = liverelay(*arguments(checkpoint, picture, sound, out), "--contact-sheet", sheet, *flags)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(out)
+    out, sheet = tmp_path / "video.mp4", tmp_path / "sheet.png"
+    assert main(arguments(checkpoint, picture, sound, out, "--contact-sheet", sheet, *flags)) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(out)
     facts = probe(out)
+    lasts = 0.6 if "--seconds" in flags else seconds
     assert facts.fps == 25
     assert (facts.width, facts.height) == (64, 64)
-    assert facts.frames == int(np.ceil(seconds * 25 - 1e-9))
-    assert abs(facts.audio_duration_s - seconds) < 0.07
+    assert facts.frames == int(np.ceil(lasts * 25 - 1e-9))
+    assert abs(facts.audio_duration_s - lasts) < 0.07
     assert facts.video_start_s == pytest.approx(facts.audio_start_s, abs=0.03)
     assert Image.open(sheet).size[0] > 64
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sheet.png", "sound.wav", "video.mp4"]
+    assert names(tmp_path) == ["sheet.png", "sound.wav", "video.mp4"]
 
 
 def test_the_same_seed_gives_the_same_video_and_another_seed_another(
@@ -80,67 +83,101 @@ def test_the_same_seed_gives_the_same_video_and_another_seed_another(
     videos = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         out = tmp_path / f"{name}.mp4"
-        assert liverelay(*arguments(checkpoint, picture, sound, out), "--seed", seed).returncode == 0
+        assert main(arguments(checkpoint, picture, sound, out, "--seed", seed)) == 0
         with av.open(str(out)) as container:
             videos.append(np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]))
     assert np.array_equal(videos[0], videos[1])
     assert not np.array_equal(videos[0], videos[2])
 
 
-def test_interrupt_leaves_a_playable_file_of_what_is_done(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("existing", [False, True])
+def test_interrupt_leaves_a_playable_file_of_what_is_done(
+    checkpoint: Path, picture: Path, tmp_path: Path, existing: bool
+) -> None:
     sound = write_sound(tmp_path / "sound.wav", 120)
-    out = tmp_path / "video.mp4"
-    command = [sys.executable, "-m", "liverelay.engine", *map(str, arguments(checkpoint, picture, sound, out))]
+    out, cut = tmp_path / "video.mp4", tmp_path / "video.mp4"
+    if existing:
+        out.write_bytes(b"the video of yesterday")
+        cut = tmp_path / "video.interrupted.mp4"
+    command = [sys.executable, "-m", "liverelay.engine", *arguments(checkpoint, picture, sound, out, "--threads", 1)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    part_written = False
-    for _ in range(600):
-        time.sleep(0.2)
-        parts = list(tmp_path.glob("*.part*"))
-        part_written = bool(parts) and parts[0].stat().st_size > 0
-        if part_written or process.poll() is not None:
-            break
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert part_written
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    facts = probe(out)
-    assert 0 < facts.frames < 120 * 25
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sound.wav", "video.mp4"]
+    deadline = time.monotonic() + 120
+    while not (written := any(part.stat().st_size for part in tmp_path.glob(".*.part"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM if existing else signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert written and process.returncode == 130, errors
+    assert printed.splitlines()[-1] == str(cut) and "Traceback" not in errors
+    assert 0 < probe(cut).frames < 120 * 25
+    assert names(tmp_path) == sorted({"sound.wav", "video.mp4", cut.name})
+    assert not existing or out.read_bytes() == b"the video of yesterday"
 
 
 BROKEN = {
     "no image": (("--image", "absent.png"), "absent.png"),
     "no audio": (("--audio", "absent.wav"), "absent.wav"),
     "no checkpoint": (("--checkpoint", "absent"), "absent"),
+    "no checkpoint but a folder": (("--checkpoint", "."), "config.json"),
     "image is no image": (("--image", "text.txt"), "text.txt"),
+    "image is cut off": (("--image", "cut.png"), "cut.png"),
+    "image is a thread": (("--image", "thread.png"), "long and thin"),
     "audio is no audio": (("--audio", "text.txt"), "text.txt"),
     "empty audio": (("--audio", "empty.wav"), "empty.wav"),
     "NaN audio": (("--audio", "nan.wav"), "nan.wav"),
-    "size does not divide": (("--size", "100x64"), "100x64"),
+    "size does not divide": (("--size", "100x64"), "128x64"),
     "no folder for the output": (("--out", "nowhere/x.mp4"), "nowhere"),
+    "no folder for the sheet": (("--contact-sheet", "nowhere/x.png"), "nowhere"),
+    "sheet over video": (("--contact-sheet", "x.mp4"), "same file"),
     "unknown container": (("--out", "x.txt"), ".txt"),
     "no such device": (("--device", "tpu"), "tpu"),
     "unknown backend": (("--backend", "cuda9"), "cuda9"),
     "LoRA missing": (("--lora", "absent.safetensors"), "absent.safetensors"),
+    "distance out of range": (("--relative-distance", "-1"), "relative distance -1"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_bad_input_is_one_clear_line_and_leaves_nothing(
-    checkpoint: Path, picture: Path, tmp_path: Path, case: str
+    checkpoint: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], case: str,
 ) -> None:
-    sound = write_sound(tmp_path / "sound.wav", 0.3)
+    write_sound(tmp_path / "sound.wav", 0.3)
     (tmp_path / "text.txt").write_text("not what it seems")
+    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:2000])
+    Image.new("RGB", (1, 4000)).save(tmp_path / "thread.png")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "nan.wav", np.full(1000, np.nan, dtype=np.float32), 16000, subtype="FLOAT")
-    before = sorted(tmp_path.iterdir())
+    before = names(tmp_path)
     flags, word = BROKEN[case]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = liverelay(*arguments(checkpoint, picture, sound, tmp_path / "x.mp4"), *flags, cwd=tmp_path, env=environment)
-    assert done.returncode not in (0, -11), done.stdout
-    lines = [line for line in done.stderr.splitlines() if line.startswith("liverelay: ")]
-    assert len(lines) == 1 and word in lines[0], done.stderr
-    assert "Traceback" not in done.stderr
-    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments(checkpoint, picture, Path("sound.wav"), Path("x.mp4"), *flags)) == 1
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith("liverelay: ")]
+    assert len(lines) == 1 and word in lines[0], printed.err
+    assert not printed.out and names(tmp_path) == before
+
+
+@pytest.mark.parametrize("flags", [("--size", "64"), ("--seconds", "-1"), ("--max-area", "tall"), ("--threads", "0")])
+def test_wrong_usage_is_refused_at_once(flags: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(Path("a"), Path("b"), Path("c"), Path("d"), *flags))
+    assert stop.value.code == 2
+    assert f"{flags[0]}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "failure", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory")]
+)
+def test_out_of_memory_is_one_line(
+    checkpoint: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], failure: Exception,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("liverelay.engine.relay.rollout.Rollout.run_block", fail)
+    sound = write_sound(tmp_path / "sound.wav", 0.3)
+    assert main(arguments(checkpoint, picture, sound, tmp_path / "x.mp4")) == 1
+    assert "out of memory; choose a smaller" in capsys.readouterr().err.splitlines()[-1]
+    assert names(tmp_path) == ["sound.wav"]

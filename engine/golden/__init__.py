@@ -69,5 +69,8 @@ def run(component: str, folder: Path, options: GoldenOptions) -> dict[str, torch
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
     module = importlib.import_module(f"liverelay.engine.golden.{component}")
-    results: dict[str, torch.Tensor] = module.run(folder, options)
+    try:
+        results: dict[str, torch.Tensor] = module.run(folder, options)
+    except (LookupError, TypeError) as error:  # from values of the given files, which have no schema
+        raise InputError(f"{component} cannot be computed from the files of {folder}: {error!r}") from error
     return results

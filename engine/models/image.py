@@ -18,6 +18,7 @@ from liverelay.engine.errors import InputError, MissingExtraError
 
 DIVISOR = 64
 _STEPS = 100
+LONGEST_SIDE = 65535  # of a resized picture; nothing that shows a person comes near
 
 
 def choose_size(height: int, width: int, max_area: int) -> tuple[int, int]:
@@ -72,6 +73,8 @@ def prepare_image(image: Any, size: tuple[int, int]) -> Tensor:
     height, width = size
     short, (w, h) = min(height, width), image.size
     new_w, new_h = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
+    if max(new_w, new_h) > LONGEST_SIDE:
+        raise InputError(f"a picture of {w}x{h} pixels is too long and thin; cut it to the person first")
     pixels = np.asarray(image.resize((new_w, new_h), pillow.Resampling.BILINEAR))
     gap_h, gap_w = max(0, height - new_h), max(0, width - new_w)
     pixels = np.pad(pixels, ((gap_h // 2, (gap_h + 1) // 2), (gap_w // 2, (gap_w + 1) // 2), (0, 0)))
