@@ -100,6 +100,12 @@ def _dit_tensor(key: str, shape: tuple[int, ...], generator: torch.Generator) ->
     return _normal(shape, fan_in**-0.5, generator)
 
 
+def random_dit(config: DiTConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random bfloat16 weights of the transformer under the published names, scaled so that activations stay near 1."""
+    shapes = dit_shapes(config)
+    return {key: _dit_tensor(key, shape, generator).bfloat16() for key, shape in shapes.items()}
+
+
 def _write_dit(files: CheckpointFiles, sizes: Preset, generator: torch.Generator) -> None:
     config = DiTConfig(
         dim=sizes.dim, ffn_dim=sizes.ffn_dim, num_heads=sizes.num_heads, num_layers=sizes.num_layers,
@@ -116,8 +122,7 @@ def _write_dit(files: CheckpointFiles, sizes: Preset, generator: torch.Generator
         "framepack_drop_mode": "padd",
     }  # fmt: skip
     files.config.write_text(json.dumps(published, indent=2) + "\n")
-    shapes = dit_shapes(config)
-    tensors = {key: _dit_tensor(key, shape, generator).bfloat16() for key, shape in shapes.items()}
+    tensors = random_dit(config, generator)
     keys, weight_map = list(tensors), dict[str, str]()
     for i in range(SHARDS):
         name = f"{DIT_STEM}-{i + 1:05d}-of-{SHARDS:05d}.safetensors"
@@ -127,7 +132,7 @@ def _write_dit(files: CheckpointFiles, sizes: Preset, generator: torch.Generator
     total = sum(tensor.nbytes for tensor in tensors.values())
     files.dit_index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
     lora = {}
-    for key, shape in shapes.items():
+    for key, shape in dit_shapes(config).items():
         module = key.removesuffix(".weight")
         if key.endswith(".weight") and len(shape) == 2 and module.endswith(LORA_TARGETS):
             lora[f"{module}.lora_A.default.weight"] = _normal((sizes.lora_rank, shape[1]), shape[1] ** -0.5, generator)

@@ -1,0 +1,16 @@
+"""The benchmarks' baseline computes what the engine computes, or its times would mean nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bench.block_step_cpu import SMALL, measure
+from liverelay.engine.models.geometry import Geometry
+
+
+def test_plain_version_and_engine_agree(seed: int) -> None:
+    config = replace(SMALL, dim=96, ffn_dim=160, num_heads=3, num_layers=3, audio_inject_layers=(0, 2))
+    config = replace(config, text_len=64)
+    result = measure(config, Geometry(8, 16, config.head_dim, ring_frames=6), blocks=4, seed=seed)
+    assert result["relative_error"] <= 1e-5
+    assert result["ratio"] > 0
