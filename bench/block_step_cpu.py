@@ -12,14 +12,17 @@ import statistics
 import time
 from dataclasses import replace
 
-import torch
-from torch import Tensor
+from liverelay.engine.config import DiTConfig, set_process_defaults
 
-from bench.plain_dit import PlainDiT
-from liverelay.engine.config import DiTConfig
-from liverelay.engine.make_checkpoint import random_dit
-from liverelay.engine.models.dit import DiT
-from liverelay.engine.models.geometry import Geometry, reference_position
+set_process_defaults()  # before torch is imported
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from bench.plain_dit import PlainDiT  # noqa: E402
+from liverelay.engine.make_checkpoint import random_dit  # noqa: E402
+from liverelay.engine.models.dit import DiT  # noqa: E402
+from liverelay.engine.models.geometry import Geometry, reference_position  # noqa: E402
 
 SMALL = DiTConfig(
     dim=512, ffn_dim=1408, num_heads=4, num_layers=8, audio_inject_layers=(0, 2, 4, 7), text_dim=256, audio_dim=128

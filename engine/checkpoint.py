@@ -14,7 +14,7 @@ from typing import Any
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.errors import CheckpointError
 from liverelay.engine.models.lora import MergedSource
-from liverelay.engine.models.weights import TensorSource, open_sharded
+from liverelay.engine.models.weights import TensorSource, check_shapes, dit_shapes, open_sharded
 
 DIT_STEM = "diffusion_pytorch_model"
 LORA_FOLDERS = ("LiveAvatar", "Live-Avatar", "lora")
@@ -67,12 +67,15 @@ class CheckpointFiles:
             raise CheckpointError(f"{self.config} is missing") from None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.config} is not readable as json: {error}") from None
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{self.config} does not hold a table of names")
         return content
 
     def open_dit(self, device: str = "cpu") -> tuple[TensorSource | MergedSource, DiTConfig]:
         """The DiT's tensors, with the LoRA merged when there is one, and its configuration."""
         base = open_sharded(self.folder, DIT_STEM)
         config = DiTConfig.from_published(self.published_config(), base.shapes)
+        check_shapes(base.shapes, dit_shapes(config), "the transformer's checkpoint")
         if self.lora is None:
             return base, config
         return MergedSource(base, TensorSource([self.lora]), device=device, what=str(self.lora)), config

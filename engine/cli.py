@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from liverelay.engine.config import set_process_defaults
 from liverelay.engine.errors import LiveRelayError
 from liverelay.engine.version import __version__
 
@@ -18,6 +19,7 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 well, 1 error, 2 wrong usage, 130 interrupted)."""
+    set_process_defaults()
     arguments = _parser().parse_args(argv)
     # A polite kill ends like Ctrl-C: what is done becomes a playable file.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,22 @@ _FIXED = {
     "qk_norm": True,
     "cross_attn_norm": True,
 }
+
+
+def set_process_defaults() -> None:
+    """For a process of our own, before torch is imported: OpenMP threads sleep at barriers instead of spinning.
+
+    Spinning threads take the cores from whoever they wait for as soon as anything else runs: a CPU block-step became
+    2 to 6 times slower on a shared machine. A value that the user has set is kept.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _count(published: Mapping[str, Any], name: str, default: int) -> int:
+    value = published.get(name, default)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"config.json says {name}={value!r}; it must be a whole number above 0")
+    return value
 
 
 @dataclass(frozen=True)
@@ -91,12 +108,17 @@ class DiTConfig:
             said = published.get(names.get(name, name), value)
             if said != value:
                 raise CheckpointError(f"config.json says {names.get(name, name)}={said}, the weights show {value}")
+        layers, eps = published["audio_inject_layers"], published.get("eps", 1e-6)
+        if not isinstance(layers, list | tuple) or not all(type(layer) is int for layer in layers):
+            raise CheckpointError(f"config.json says audio_inject_layers={layers!r}; it must be a list of layers")
+        if not isinstance(eps, float | int) or not 0 < eps < 1:
+            raise CheckpointError(f"config.json says eps={eps!r}; it must be a small positive number")
         config = cls(
-            num_heads=int(published["num_heads"]),
-            audio_inject_layers=tuple(int(layer) for layer in published["audio_inject_layers"]),
-            text_len=int(published.get("text_len", 512)),
-            num_audio_tokens=int(published.get("num_audio_token", 4)),
-            eps=float(published.get("eps", 1e-6)),
+            num_heads=_count(published, "num_heads", 0),
+            audio_inject_layers=tuple(layers),
+            text_len=_count(published, "text_len", 512),
+            num_audio_tokens=_count(published, "num_audio_token", 4),
+            eps=float(eps),
             **shown,
         )
         config.check()

@@ -15,7 +15,7 @@ from liverelay.engine.errors import CheckpointError, InputError
 from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import Geometry
-from liverelay.engine.models.image import choose_size, load_image, prepare_image
+from liverelay.engine.models.image import as_image, choose_size, prepare_image
 from liverelay.engine.models.layers import TextCondition
 from liverelay.engine.models.text import TextEncoder
 from liverelay.engine.models.vae import VAE
@@ -114,17 +114,18 @@ class Engine:
         size: (width, height) in pixels, multiples of 64; None: the published rule under `max_area` pixels.
         seed and session_id key all randomness. InputError for a picture, sound or size that cannot be used.
         """
-        from liverelay.engine.session import Session
+        from liverelay.engine.session import Session, as_waveform
 
-        picture = load_image(image) if isinstance(image, str | Path) else image
-        height, width = _pick_size(picture, size, max_area)
+        waveform = None if audio is None else as_waveform(audio)
+        picture = as_image(image)
+        height, width = _pick_size(picture.size, size, max_area)
         pixels = prepare_image(picture, (height, width)).to(self.dit.device, self.dit.dtype)
         text = self.encode_text(prompt)
         # The first chunk of the encoder is the single frame, so the reference is the first motion latent.
         motion = self.vae.encode(pixels.unsqueeze(1).expand(-1, self.stream.motion_pixel_frames, -1, -1))
         line = self.line(height // VAE_STRIDE, width // VAE_STRIDE)
         rollout = Rollout(line, text, motion[:, :1], motion)
-        return Session(self, rollout, motion, audio=audio, seed=seed, session_id=session_id, live=live)
+        return Session(self, rollout, motion, waveform=waveform, seed=seed, session_id=session_id, live=live)
 
     def line(self, latent_h: int, latent_w: int) -> StageLine:
         """The stages of one resolution, made when first asked for."""
@@ -170,13 +171,12 @@ def _check_device(device: str) -> str:
     return device
 
 
-def _pick_size(picture: Any, size: tuple[int, int] | None, max_area: int) -> tuple[int, int]:
-    """(height, width) of the video."""
+def _pick_size(picture: tuple[int, int], size: tuple[int, int] | None, max_area: int) -> tuple[int, int]:
+    """(height, width) of the video from (width, height) of the picture and what was asked for."""
     if size is None:
         if max_area < 64 * 64:
             raise InputError(f"an area of {max_area} pixels is too small; the smallest video is 64x64")
-        width, height = getattr(picture, "size", None) or (picture.shape[1], picture.shape[0])
-        return choose_size(height, width, max_area)
+        return choose_size(picture[1], picture[0], max_area)
     width, height = size
     if width < 64 or height < 64 or width % 64 or height % 64:
         near = [max(64, round(side / 64) * 64) for side in (width, height)]

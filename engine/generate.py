@@ -78,7 +78,7 @@ def generate(engine: Engine, options: GenerateOptions) -> GenerateResult:
             with uninterrupted():  # packets lost half-way would spoil the file
                 writer.write(chunk.frames, sound[start:end])
             sheet.add(chunk.frames)
-            progress.update(chunk.block + 1, session.next_frame)
+            progress.update(chunk.block + 1, writer.frames)
     except KeyboardInterrupt:
         interrupted = True
     except BaseException:

@@ -5,7 +5,6 @@ Only headers are read: shapes of safetensors files, and the memory-mapped tables
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,8 +16,10 @@ from liverelay.engine.cache import arena_bytes
 from liverelay.engine.checkpoint import DIT_STEM, CheckpointFiles, find_checkpoint
 from liverelay.engine.config import DiTConfig, StreamConfig
 from liverelay.engine.errors import CheckpointError, InputError
+from liverelay.engine.models.audio import open_wav2vec2
 from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.models.lora import MergedSource
+from liverelay.engine.models.text import text_sizes
 from liverelay.engine.models.vae_config import VAEConfig, expected_shapes
 from liverelay.engine.models.weights import TensorSource, check_shapes, dit_shapes, open_pth, open_sharded
 
@@ -104,7 +105,7 @@ def inspect_checkpoint(
     else:
         report.parts.append(_look("LoRA", files.lora, lora_shapes))
     report.parts.append(_look("VAE", files.vae, vae))
-    report.parts.append(_look("text encoder", files.text, lambda: _shapes(open_pth(files.text))))
+    report.parts.append(_look("text encoder", files.text, lambda: _text(files)))
     report.parts.append(_look("tokenizer", files.tokenizer, lambda: _tokenizer(files)))
     report.parts.append(_look("audio encoder", files.audio, lambda: _audio(files)))
     if report.model:
@@ -142,13 +143,14 @@ def _tokenizer(files: CheckpointFiles) -> dict[str, tuple[int, ...]]:
 
 
 def _audio(files: CheckpointFiles) -> dict[str, tuple[int, ...]]:
-    path = files.audio / "config.json"
-    try:
-        json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is missing or not json: {error}") from None
-    safe, pickled = files.audio / "model.safetensors", files.audio / "pytorch_model.bin"
-    return TensorSource([safe]).shapes if safe.is_file() or not pickled.is_file() else _shapes(open_pth(pickled))
+    wav2vec2 = open_wav2vec2(files.audio)
+    return {name: wav2vec2.shapes[name] for name in wav2vec2.keys}
+
+
+def _text(files: CheckpointFiles) -> dict[str, tuple[int, ...]]:
+    shapes = _shapes(open_pth(files.text))
+    text_sizes(shapes)
+    return shapes
 
 
 def _fill_memory(

@@ -92,7 +92,7 @@ class Session:
     """
 
     def __init__(
-        self, engine: Engine, rollout: Rollout, motion: Tensor, *, audio: Any = None, seed: int = 0,
+        self, engine: Engine, rollout: Rollout, motion: Tensor, *, waveform: Samples | None, seed: int = 0,
         session_id: int = 0, live: LiveAudioConfig | None = None,
     ) -> None:
         self.engine, self.seed, self.session_id = engine, seed, session_id
@@ -100,11 +100,10 @@ class Session:
         fps = engine.stream.fps
         self._track: AudioTrack
         self._live: LiveAudio | None = None
-        if audio is None:
+        if waveform is None:
             self._live = LiveAudio(engine.audio, live or LiveAudioConfig())
             self._track = self._live
         else:
-            waveform = load_waveform(audio) if isinstance(audio, str | Path) else _check_waveform(audio)
             self._track = WholeFile(engine.audio, waveform, fps)
         geometry = rollout.line.geometry
         self._decoder = engine.vae.new_decoder(geometry.latent_h, geometry.latent_w)
@@ -132,12 +131,14 @@ class Session:
 
     def push_audio(self, samples: npt.ArrayLike, sample_rate: int) -> None:
         """Give a live session more sound: float samples in [-1, 1], [n] or [n, channels], any n."""
+        self._open_rollout()
         if self._live is None:
             raise InputError("this session was opened with its whole sound; open one without audio= to push pieces")
         self._live.push(np.asarray(samples, dtype=np.float32), sample_rate)
 
     def end_audio(self) -> None:
         """Say that no more sound comes: `frames` then makes the rest and ends."""
+        self._open_rollout()
         if self._live is not None:
             self._live.finish()
 
@@ -208,8 +209,11 @@ class Session:
         self.close()
 
 
-def _check_waveform(audio: npt.ArrayLike) -> Samples:
-    waveform = np.asarray(audio, dtype=np.float32)
+def as_waveform(audio: Any) -> Samples:
+    """A sound file, or samples [n] at 16 kHz, as float32 samples of our own; InputError when they cannot be used."""
+    if isinstance(audio, str | Path):
+        return load_waveform(audio)
+    waveform = np.array(audio, dtype=np.float32)
     if waveform.ndim != 1 or not len(waveform) or not np.isfinite(waveform).all():
         raise InputError("the sound must be finite float32 samples [n] at 16 kHz, at least one")
     return waveform

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+
+from liverelay.engine.config import set_process_defaults
+
+set_process_defaults()  # before torch is imported
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(os.environ.get("LIVERELAY_GOLDEN", ROOT.parent / "shared" / "golden"))

@@ -7,8 +7,8 @@ equality. The live way, which never knows the whole file, is in audio_live.py.
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,17 +138,16 @@ class AudioEncoder:
         cls, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
     ) -> AudioEncoder:
         """Load a wav2vec2 folder (config.json; model.safetensors or pytorch_model.bin). The CTC head is left out."""
+        files = open_wav2vec2(folder)
         try:
-            settings = json.loads((folder / "config.json").read_text())
-        except FileNotFoundError:
-            raise CheckpointError(f"{folder / 'config.json'} is missing") from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder / 'config.json'} is not readable as json: {error}") from None
-        model = _build(settings, str(folder))
-        safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-        where = safe if safe.is_file() or not pickled.is_file() else pickled
-        source: Mapping[str, Tensor] = TensorSource([safe]) if where is safe else open_pth(pickled)
-        _fill(model, source, where, dtype)
+            # copy=True: never a view of the mapped file
+            state = {name: files.source[key].to(dtype, copy=True) for name, key in files.keys.items()}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{files.path} is truncated: {error}") from None
+        model, spare = files.model, "masked_spec_embed"
+        if spare in files.shapes and spare not in state:
+            state[spare] = torch.zeros(files.shapes[spare], dtype=dtype)
+        model.load_state_dict(state, assign=True)
         return cls(model.to(device=device, dtype=dtype).eval(), torch.device(device), dtype)
 
     @torch.inference_mode()
@@ -168,45 +167,63 @@ class AudioEncoder:
         return bucket(to_30_hz(self.hidden_states(normalise(waveform))), frames_per_clip)
 
 
-def _build(settings: dict[str, Any], where: str) -> Any:
+@dataclass(frozen=True)
+class Wav2Vec2Files:
+    """A checked wav2vec2 folder: the model on the meta device, and where each of its tensors comes from."""
+
+    model: Any
+    path: Path
+    source: Mapping[str, Tensor]
+    keys: dict[str, str]  # the library's name -> key in the file; the CTC head is left out
+    shapes: dict[str, tuple[int, ...]]  # by the library's name
+
+
+def open_wav2vec2(folder: Path) -> Wav2Vec2Files:
+    """Read a folder's config.json and headers, strictly both ways; CheckpointError names what does not fit."""
+    config = folder / "config.json"
+    try:
+        settings = json.loads(config.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{config} is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config} is not readable as json: {error}") from None
+    model = _build(settings, folder)
+    safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
+    path = safe if safe.is_file() or not pickled.is_file() else pickled
+    source: Mapping[str, Tensor] = TensorSource([safe]) if path is safe else open_pth(pickled)
+    keys = {_library_name(key): key for key in source if not key.startswith("lm_head.")}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = getattr(source, "shapes", None) or {key: tuple(tensor.shape) for key, tensor in source.items()}
+    spare = {"masked_spec_embed"}
+    lost = [name for name in expected if name not in keys and name not in spare]
+    unknown = [key for name, key in keys.items() if name not in expected and name not in spare]
+    if lost or unknown:
+        what = f"lacks '{lost[0]}'" if lost else f"holds '{unknown[0]}', which wav2vec2 does not have"
+        raise CheckpointError(f"{path} {what}")
+    keys = {name: key for name, key in keys.items() if name in expected}
+    for name, key in keys.items():
+        if found[key] != expected[name]:
+            raise CheckpointError(f"{path}: '{key}' has shape {list(found[key])}, expected {list(expected[name])}")
+    return Wav2Vec2Files(model, path, source, keys, expected)
+
+
+def _library_name(key: str) -> str:
+    """The name that transformers gives to a published key."""
+    name = key.removeprefix("wav2vec2.")
+    name = name.replace("pos_conv_embed.conv.weight_g", "pos_conv_embed.conv.parametrizations.weight.original0")
+    return name.replace("pos_conv_embed.conv.weight_v", "pos_conv_embed.conv.parametrizations.weight.original1")
+
+
+def _build(settings: Any, folder: Path) -> Any:
     """The model on the meta device: no memory until its tensors are assigned."""
     try:
         from transformers import Wav2Vec2Config, Wav2Vec2Model
     except ImportError:
         raise MissingExtraError("transformers", "to encode sound", "audio") from None
-    settings = settings | {"apply_spec_augment": False}
     try:
+        config = Wav2Vec2Config(**settings | {"apply_spec_augment": False})
         with torch.device("meta"):
-            return Wav2Vec2Model._from_config(Wav2Vec2Config(**settings), attn_implementation="sdpa")
-    except (TypeError, ValueError, AssertionError) as error:
-        raise CheckpointError(f"{where} is not a wav2vec2 model: {error}") from None
-
-
-def _fill(model: Any, source: Mapping[str, Tensor], where: Path, dtype: torch.dtype) -> None:
-    """Assign every tensor of the model by name, strictly; keys of the CTC head are skipped."""
-    renamed = {}
-    for key in source:
-        if key.startswith("lm_head."):
-            continue
-        name = key.removeprefix("wav2vec2.")
-        name = name.replace("pos_conv_embed.conv.weight_g", "pos_conv_embed.conv.parametrizations.weight.original0")
-        name = name.replace("pos_conv_embed.conv.weight_v", "pos_conv_embed.conv.parametrizations.weight.original1")
-        renamed[name] = key
-    expected = model.state_dict()
-    spare = {"masked_spec_embed"}
-    lost = [name for name in expected if name not in renamed and name not in spare]
-    unknown = [key for name, key in renamed.items() if name not in expected and name not in spare]
-    if lost or unknown:
-        what = f"lacks '{lost[0]}'" if lost else f"holds '{unknown[0]}', which wav2vec2 does not have"
-        raise CheckpointError(f"{where} {what}")
-    try:
-        state = {name: source[renamed[name]].to(dtype) for name in expected if name in renamed}
-    except (SafetensorError, OSError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{where} is truncated: {error}") from None
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            shape = list(expected[name].shape)
-            raise CheckpointError(f"{where}: '{renamed[name]}' has shape {list(tensor.shape)}, expected {shape}")
-    if "masked_spec_embed" in expected and "masked_spec_embed" not in state:
-        state["masked_spec_embed"] = torch.zeros(expected["masked_spec_embed"].shape, dtype=dtype)
-    model.load_state_dict(state, assign=True)
+            return Wav2Vec2Model._from_config(config, attn_implementation="sdpa")
+    except Exception as error:  # the library has many ways to say that a value does not fit
+        line = (str(error).strip() or repr(error)).splitlines()[0]
+        raise CheckpointError(f"{folder / 'config.json'} describes no wav2vec2 model: {line}") from None

@@ -57,19 +57,26 @@ def load_image(path: str | Path) -> Any:
         raise InputError(f"{path} is not a readable image: {error}") from None
 
 
+def as_image(image: Any) -> Any:
+    """A path, a Pillow image or uint8 [h, w, 3] as a Pillow RGB image; InputError for anything else."""
+    pillow = _pillow()
+    if isinstance(image, str | Path):
+        return load_image(image)
+    if isinstance(image, pillow.Image):
+        return image.convert("RGB")
+    if not isinstance(image, np.ndarray):
+        raise InputError(f"{image!r} is no picture; give a path, a Pillow image or uint8 [h, w, 3]")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise InputError(f"a picture of {image.dtype} {list(image.shape)} cannot be used; give uint8 [h, w, 3]")
+    return pillow.fromarray(image)
+
+
 def prepare_image(image: Any, size: tuple[int, int]) -> Tensor:
     """Resize the shorter side to min(H, W), crop the centre to size = (H, W), black where it is short (spec 6.2).
 
-    image: a path, a Pillow image, or uint8 [h, w, 3]. Returns float32 [3, H, W] in [-1, 1], not rounded.
+    image: anything that `as_image` takes. Returns float32 [3, H, W] in [-1, 1], not rounded.
     """
-    pillow = _pillow()
-    if isinstance(image, str | Path):
-        image = load_image(image)
-    elif isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise InputError(f"a picture of {image.dtype} {list(image.shape)} cannot be used; give uint8 [h, w, 3]")
-        image = pillow.fromarray(image)
-    image = image.convert("RGB")
+    pillow, image = _pillow(), as_image(image)
     height, width = size
     short, (w, h) = min(height, width), image.size
     new_w, new_h = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)

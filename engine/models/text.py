@@ -58,6 +58,20 @@ def text_shapes(vocab: int, dim: int, dim_ffn: int, heads: int, dim_attn: int, l
     return shapes
 
 
+def text_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The arguments of `text_shapes` that give these shapes; CheckpointError names a key that does not fit."""
+    needed = [f"blocks.0.{leaf}" for leaf in ("attn.q.weight", "pos_embedding.embedding.weight", "ffn.fc1.weight")]
+    for key in ("token_embedding.weight", *needed):
+        if len(shapes.get(key, ())) != 2:
+            raise CheckpointError(f"the text encoder's weights lack '{key}'")
+    (vocab, dim), (dim_attn, _) = shapes["token_embedding.weight"], shapes[needed[0]]
+    heads, dim_ffn = shapes[needed[1]][1], shapes[needed[2]][0]
+    layers = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
+    sizes = dict(vocab=vocab, dim=dim, dim_ffn=dim_ffn, heads=heads, dim_attn=dim_attn, layers=layers)
+    check_shapes(shapes, text_shapes(**sizes), "the text encoder's file")
+    return sizes
+
+
 def library_key(key: str) -> str:
     """The name that transformers' UMT5EncoderModel gives to a published key."""
     if key.startswith("blocks."):
@@ -86,16 +100,7 @@ class TextEncoder:
 
         Sizes come from the tensors' shapes. CheckpointError names a key or shape that does not fit.
         """
-        shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-        needed = [f"blocks.0.{leaf}" for leaf in ("attn.q.weight", "pos_embedding.embedding.weight", "ffn.fc1.weight")]
-        for key in ("token_embedding.weight", *needed):
-            if len(shapes.get(key, ())) != 2:
-                raise CheckpointError(f"the text encoder's weights lack '{key}'")
-        (vocab, dim), (dim_attn, _) = shapes["token_embedding.weight"], shapes[needed[0]]
-        heads, dim_ffn = shapes[needed[1]][1], shapes[needed[2]][0]
-        layers = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
-        check_shapes(shapes, text_shapes(vocab, dim, dim_ffn, heads, dim_attn, layers), "the text encoder's file")
-        model = _build(vocab=vocab, dim=dim, dim_ffn=dim_ffn, heads=heads, dim_attn=dim_attn, layers=layers)
+        model = _build(**text_sizes({key: tuple(tensor.shape) for key, tensor in weights.items()}))
         state = {library_key(key): tensor.to(device=device, dtype=dtype) for key, tensor in weights.items()}
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
         model.load_state_dict(state, assign=True)

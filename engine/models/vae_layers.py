@@ -68,20 +68,19 @@ class Layers:
         self._gammas: dict[str, Tensor] = {}
         for key in keys:
             name, leaf = key.rsplit(".", 1)
-            value = weights[key].to(device, values)
+            value = weights[key].to(device, values, copy=True)  # never a view of the mapped file
             if leaf == "gamma":
                 self._gammas[name] = value.flatten().float()
             elif leaf == "weight":
-                bias = weights[f"{name}.bias"].to(device, values).to(self._compute)
+                bias = weights[f"{name}.bias"].to(device, values, copy=True).to(self._compute)
                 self._convs[name] = Conv(self._arrange(value.to(self._compute)), bias)
 
     def _arrange(self, weight: Tensor) -> Tensor:
-        """2-D throughout on a CPU (time taps become channels); channels last elsewhere. Never the caller's memory."""
+        """2-D throughout on a CPU (time taps become channels); channels last elsewhere."""
         if weight.dim() == 5 and (self._on_cpu or weight.shape[2] == 1):
             weight = weight.transpose(1, 2).flatten(1, 2)
         layout = torch.channels_last_3d if weight.dim() == 5 else self._format
-        return weight.clone(memory_format=layout)
-
+        return weight.contiguous(memory_format=layout)
 
     def conv(self, name: str, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
         """A 2-D (or 1x1x1) convolution, frame by frame."""
