@@ -134,7 +134,7 @@ class Session:
         self._open_rollout()
         if self._live is None:
             raise InputError("this session was opened with its whole sound; open one without audio= to push pieces")
-        self._live.push(np.asarray(samples, dtype=np.float32), sample_rate)
+        self._live.push(samples, sample_rate)
 
     def end_audio(self) -> None:
         """Say that no more sound comes: `frames` then makes the rest and ends."""

@@ -228,8 +228,9 @@ def test_a_key_that_does_not_fit_is_named(weights: Weights, numbers: np.random.G
     else:
         key = f"{key}.more"
         weights[key] = torch.zeros(1)
-    with pytest.raises(CheckpointError, match=f"'{key}'"):
-        VAE.load(weights, config=CONFIG)
+    for config in (CONFIG, None):
+        with pytest.raises(CheckpointError, match=f"'{key}'"):
+            VAE.load(weights, config=config)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +239,12 @@ def test_a_key_that_does_not_fit_is_named(weights: Weights, numbers: np.random.G
 def test_video_of_another_shape_is_refused(vae: VAE, shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="multiples of 8"):
         vae.encode(torch.zeros(shape))
+
+
+def test_latents_of_another_shape_are_refused(vae: VAE) -> None:
+    for shape in ((16, 0, 4, 4), (15, 1, 4, 4), (16, 4, 4)):
+        with pytest.raises(InputError, match="cannot decode"):
+            vae.decode(torch.zeros(shape), vae.new_decoder(4, 4))
 
 
 def test_bytes_are_truncated_and_clamped(vae: VAE, rng: torch.Generator) -> None:

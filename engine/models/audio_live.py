@@ -21,6 +21,7 @@ from liverelay.engine.errors import InputError, MissingExtraError
 from liverelay.engine.models.audio import SAMPLE_RATE, AudioEncoder, Samples, feature_index, normalise
 
 HOP = 320  # samples between two wav2vec2 features
+FRAME_SAMPLES = SAMPLE_RATE // 25  # samples of a video frame
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class LiveAudio:
     Only the window and the look-ahead are kept; older samples are dropped, so memory does not grow.
     """
 
-    def __init__(self, encoder: AudioEncoder, config: LiveAudioConfig | None = None, fps: int = 25) -> None:
+    def __init__(self, encoder: AudioEncoder, config: LiveAudioConfig | None = None) -> None:
         self._encoder, self._config = encoder, config or LiveAudioConfig()
-        self._frame_samples = SAMPLE_RATE // fps
+        self._pushed = 0  # samples at the sound's own rate
         self._resampler: Any = None
         self._rate: int | None = None
         self._buffer: Samples = np.zeros(0, dtype=np.float32)
@@ -75,10 +76,13 @@ class LiveAudio:
 
     def push(self, samples: npt.ArrayLike, sample_rate: int) -> None:
         """Take more sound: float [n] or [n, channels], any n, any rate (the same one until `finish`)."""
-        piece = np.asarray(samples, dtype=np.float32)
         if self._finished:
             raise InputError("the sound of this session was ended; open a new session")
-        if piece.ndim not in (1, 2) or not np.isfinite(piece).all():
+        try:
+            piece = np.asarray(samples, dtype=np.float32)
+        except (TypeError, ValueError):
+            raise InputError("pushed sound must be numbers [n] or [n, channels]") from None
+        if piece.ndim not in (1, 2) or 0 in piece.shape[1:] or not np.isfinite(piece).all():
             raise InputError("pushed sound must be finite samples [n] or [n, channels]")
         if self._rate is None:
             if not 1000 <= sample_rate <= 384000:
@@ -87,6 +91,7 @@ class LiveAudio:
             self._resampler = None if sample_rate == SAMPLE_RATE else _make_resampler(sample_rate)
         if sample_rate != self._rate:
             raise InputError(f"the sample rate changed from {self._rate} to {sample_rate} Hz within one session")
+        self._pushed += len(piece)
         mono = piece.mean(axis=1, dtype=np.float32) if piece.ndim == 2 else piece
         self._append(mono if self._resampler is None else self._resampler.resample_chunk(mono))
 
@@ -100,13 +105,16 @@ class LiveAudio:
         """No more sound comes; after its end there is silence."""
         if not self._finished and self._resampler is not None:
             self._append(self._resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
+            assert self._rate is not None
+            due = -(-self._pushed * SAMPLE_RATE // self._rate)  # the resampler may end one sample early
+            self._append(np.zeros(max(0, due - self._end), dtype=np.float32))
         self._finished = True
 
     # -- features out ----------------------------------------------------------------------------------------------
 
     def total_frames(self) -> int | None:
         """Video frames that the sound lasts, rounded up; None before `finish`."""
-        return -(-self._end // self._frame_samples) if self._finished else None
+        return -(-self._end // FRAME_SAMPLES) if self._finished else None
 
     def ready(self, frame_end: int) -> bool:
         """Whether the sound up to frame `frame_end` and the look-ahead have come, or no more will come."""
@@ -114,7 +122,7 @@ class LiveAudio:
 
     def samples(self, frame_start: int, frame_end: int) -> Samples:
         """The 16 kHz sound of the frames last asked for by `features`, silence where there is none."""
-        return self._cut(frame_start * self._frame_samples, frame_end * self._frame_samples)
+        return self._cut(frame_start * FRAME_SAMPLES, frame_end * FRAME_SAMPLES)
 
     def features(self, frame_start: int, frame_end: int) -> Tensor:
         """States [states, width, frames] of frames frame_start..frame_end-1; blocks must be asked for in order.
@@ -122,8 +130,10 @@ class LiveAudio:
         Where the sound has ended (or has not come, when the caller does not wait for `ready`) silence is heard.
         """
         left = round(self._config.left_context_s * SAMPLE_RATE)
-        start = max(0, (frame_start * self._frame_samples - left) // HOP * HOP)
+        start = max(0, (frame_start * FRAME_SAMPLES - left) // HOP * HOP)
         end = self._needed(frame_end)
+        if self._finished:  # nothing is heard after the sound, beyond what the block itself needs
+            end = min(end, max(self._end, frame_end * FRAME_SAMPLES))
         if start < self._buffer_start:
             raise InputError(f"the sound before frame {frame_start} is gone; ask for blocks in order")
         self._statistics.add(self._cut(self._statistics.count, min(end, self._end)))
@@ -144,7 +154,7 @@ class LiveAudio:
         return len(self._buffer)
 
     def _needed(self, frame_end: int) -> int:
-        return frame_end * self._frame_samples + round(self._config.look_ahead_s * SAMPLE_RATE)
+        return frame_end * FRAME_SAMPLES + round(self._config.look_ahead_s * SAMPLE_RATE)
 
     def _append(self, samples: Samples) -> None:
         self._buffer = np.concatenate([self._buffer, samples.astype(np.float32)])

@@ -88,6 +88,8 @@ class VAE:
 
         Streaming: splitting the latents over several calls changes nothing.
         """
+        if latents.dim() != 4 or latents.shape[0] != self.config.z_dim or not latents.shape[1]:
+            raise InputError(f"cannot decode {list(latents.shape)}; expected [{self.config.z_dim}, N, h, w] with N > 0")
         x = latents.float() / self._inverse_std + self._mean  # constants hold working-dtype values (spec 1.5)
         frames = []
         for i in range(x.shape[1]):

@@ -36,16 +36,17 @@ class VAEConfig:
         for key in ("encoder.conv1.weight", "conv2.weight"):
             if key not in shapes or not shapes[key]:
                 raise CheckpointError(f"the VAE checkpoint lacks '{key}'")
-        base = shapes["encoder.conv1.weight"][0]
+        base = max(1, shapes["encoder.conv1.weight"][0])
         widths, temporal, blocks, i = [], [], [0], 0
-        while True:
-            name = f"encoder.downsamples.{i}"
-            if f"{name}.residual.2.weight" in shapes:
-                width = shapes[f"{name}.residual.2.weight"][0]
+        while parts := [key for key in shapes if key.startswith(f"encoder.downsamples.{i}.")]:
+            # Weight or bias tells: where one of them is lost, the comparison with all shapes names it.
+            outs = [shapes[key][0] for key in parts if ".residual." in key and key.endswith("bias") and shapes[key]]
+            if outs:
+                width = outs[0]
                 blocks[-1] += 1
-            elif f"{name}.resample.1.weight" in shapes and blocks[-1]:
+            elif blocks[-1]:
                 widths.append(width)
-                temporal.append(f"{name}.time_conv.weight" in shapes)
+                temporal.append(any(".time_conv." in key for key in parts))
                 blocks.append(0)
             else:
                 break
