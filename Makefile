@@ -17,6 +17,8 @@ else
 RUN := .venv/bin/python
 STAMP := .venv/.stamp
 endif
+# Without a GPU the kernels run in Triton's interpreter, which needs a process of its own and one thread.
+INTERPRET := $(if $(shell nvidia-smi -L 2>/dev/null),,env TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1)
 SOURCES := setup.py pyproject.toml CMakeLists.txt engine/version.py $(wildcard csrc/*)
 
 .PHONY: setup demo test test-slow lint types bench clean
@@ -48,9 +50,11 @@ demo: setup
 
 test: setup
 	@$(RUN) -m pytest -q -m "not slow"
+	@$(INTERPRET) $(RUN) -m pytest -q -m "not slow" tests/kernels
 
 test-slow: setup
 	@$(RUN) -m pytest -q -m slow
+	@$(INTERPRET) $(RUN) -m pytest -q -m slow tests/kernels || test $$? -eq 5
 
 lint: setup
 	@$(RUN) -m ruff check .

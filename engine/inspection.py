@@ -199,10 +199,11 @@ def _fill_memory(
 def workspace_bytes(config: DiTConfig, geometry: Geometry, element: int) -> int:
     """Static buffers of `liverelay.engine.models.dit.Workspace`, RoPE tables included."""
     tokens = max(geometry.block_tokens, geometry.sink_tokens)
-    activations = tokens * (config.dim * (3 + 3 + 3) + config.ffn_dim + 4 * config.in_channels) * element
-    residual = tokens * config.dim * 4
+    activations = tokens * (config.dim * 9 + config.ffn_dim + 4 * config.in_channels) * element
+    head = tokens * config.dim * 4
     rope = (geometry.block_tokens + geometry.frame_tokens + geometry.sink_tokens) * config.head_dim * 4
-    return activations + residual + rope
+    place = 3 * 4
+    return activations + head + rope + place
 
 
 def render(report: Report) -> None:

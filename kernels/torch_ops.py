@@ -7,11 +7,15 @@ Dimension letters: T tokens, D width, H heads, d head size, P tokens per latent 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NAME = "torch"
+from liverelay.kernels.contract import Norm, Place, Update
+
+Table = tuple[Tensor, Tensor]  # cos and sin [T, d/2] float32 holding float16 values
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
@@ -19,31 +23,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
-def norm_modulate(
-    x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, *, eps: float, round_norm: bool = False
+def residual_norm(
+    x: Tensor, updates: Sequence[Update], norm: Norm, out: Tensor, *, eps: float, x_out: Tensor | None = None
 ) -> Tensor:
-    """out = R(LN(x) * (1 + scale) + shift); with `round_norm` LN(x) is rounded first.
+    """Gated residuals, LayerNorm and modulation: s = x + sum(y * gate); x_out = R(s); out = R(LN(s) * a + b).
 
-    x [T, D] of any float dtype, scale and shift [D] float32, out [T, D].
+    x, y, out, x_out [T, D]; x_out may be x; out of the working dtype or float32 (the head's input). See `Norm`.
     """
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    if round_norm and out.dtype != torch.float32:
-        normed = normed.to(out.dtype).float()
-    return out.copy_(normed.mul_(1 + scale).add_(shift))
-
-
-def norm_affine(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, eps: float) -> Tensor:
-    """out = R(LN(R(x)) * weight + bias). x [T, D] float32 or working dtype, weight and bias [D], out [T, D]."""
-    rounded = x.to(out.dtype).float()
-    return out.copy_(F.layer_norm(rounded, x.shape[-1:], weight.float(), bias.float(), eps))
-
-
-def gate_residual(x: Tensor, y: Tensor, gate: Tensor | None, out: Tensor) -> Tensor:
-    """out = R(x + y * gate) with float32 arithmetic; gate [D] float32 or None for 1. x, y, out [T, D]; out may be x."""
-    update = y.float() if gate is None else y.float() * gate
-    if out.dtype == torch.float32:
-        return torch.add(x, update, out=out)
-    return out.copy_(x + update)
+    total = x.float()
+    for y, gate in updates:
+        total = total + y.float() if gate is None else torch.addcmul(total, y.float(), gate)
+    if x_out is not None:
+        x_out.copy_(total)
+    if norm.round_input and x.dtype != torch.float32:
+        total = total.to(x.dtype).float()
+    normed = F.layer_norm(total, total.shape[-1:], eps=eps)
+    if norm.round_norm and x.dtype != torch.float32:
+        normed = normed.to(x.dtype).float()
+    factor = (1 + norm.scale if norm.plus_one else norm.scale).float()
+    if factor.dim() == 1:
+        return out.copy_(normed.mul_(factor).add_(norm.shift))
+    spread = normed.unflatten(0, (factor.shape[0], -1))
+    return out.copy_(spread.mul_(factor.unsqueeze(1)).add_(norm.shift.float().unsqueeze(1)).flatten(0, 1))
 
 
 def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> Tensor:
@@ -67,36 +68,41 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
 
 
 def qk_norm_rope(
-    qkv: Tensor,
+    qk: Tensor,
     weights: tuple[Tensor, Tensor],
-    table: tuple[Tensor, Tensor],
-    outs: tuple[Tensor, Tensor, Tensor],
-    k_raw: Tensor,
-    reference: tuple[Tensor, tuple[Tensor, Tensor], Tensor] | None = None,
+    table: Table,
+    outs: tuple[Tensor, Tensor],
+    place: Place,
     *,
     eps: float,
+    k_raw: Tensor | None = None,
+    reference: tuple[Tensor, Table] | None = None,
 ) -> None:
-    """Full-width RMS norm of q and k, RoPE, and the write of k and v into their arena rows.
+    """Full-width RMS norm of q and k, RoPE, and the write of k into its arena rows.
 
-    qkv [T, 3D]; weights: RMS weights of q and k [D]; table: cos and sin [T, d/2];
-    outs: q [T, H, d], and the arena rows of k and v [T, H, d]; k_raw [T, H, d] receives k before RoPE.
-    reference: the sink's reference keys before RoPE [P, H, d], their table and their arena rows, when they must move.
+    qk [T, 2D]; weights: RMS weights of q and k [D]; table: cos and sin [T, d/2]; outs: q [T, H, d], and one layer's
+    arena of keys [N, H, d], written from row place.row on; k_raw [T, H, d], where given, receives k before RoPE.
+    reference: the sink's reference keys before RoPE [P, H, d] and their table, written to rows 0..P-1 where they move.
     """
-    q_out, k_out, v_out = outs
-    width = qkv.shape[1] // 3
-    q, k, v = qkv.split(width, dim=1)
-    rms_norm(q, weights[0], k_raw.view(-1, width), eps=eps)
-    rotate(k_raw, *table, out=q_out)
-    rms_norm(k, weights[1], k_raw.view(-1, width), eps=eps)
-    rotate(k_raw, *table, out=k_out)
-    v_out.copy_(v.unflatten(1, v_out.shape[1:]))
-    if reference is not None:
-        raw, reference_table, rows = reference
-        rotate(raw, *reference_table, out=rows)
+    tokens, width = qk.shape[0], qk.shape[1] // 2
+    q_out, arena = outs
+    raw = torch.empty_like(q_out) if k_raw is None else k_raw
+    for part, weight, rows in zip(
+        qk.split(width, dim=1), weights, (q_out, arena[place.row : place.row + tokens]), strict=True
+    ):
+        rms_norm(part, weight, raw.view(-1, width), eps=eps)
+        rotate(raw, *table, out=rows)
+    if reference is not None and place.moved:
+        rotate(reference[0], *reference[1], out=arena[: reference[0].shape[0]])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-    """out = softmax(q k^T / sqrt(d)) v without mask. q, out [T, H, d]; k, v [N, H, d], any strides but the last."""
+def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
+    """out = softmax(q k^T / sqrt(d)) v without mask, over the first place.valid rows of k and v (None: all).
+
+    q, out [T, H, d]; k, v [N, H, d], any strides but the last.
+    """
+    if place is not None:
+        k, v = k[: place.valid], v[: place.valid]
     attended = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
     )
@@ -108,22 +114,15 @@ def gelu(x: Tensor, out: Tensor) -> Tensor:
     return out.copy_(F.gelu(x, approximate="tanh"))
 
 
-def audio_norm(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, *, eps: float) -> Tensor:
-    """AdaIN: out = R(LN(x_f) * R(1 + scale_f) + shift_f), scale and shift per latent frame.
+def audio_attention(q: Tensor, weight: Tensor, k: Tensor, v: Tensor, out: Tensor, *, eps: float) -> Tensor:
+    """Full-width RMS norm of q, then each latent frame's tokens attend to that frame's few audio tokens.
 
-    x, out [F*P, D]; scale and shift [F, D] of the working dtype.
+    q [F*P, D] as projected; weight [D]; k, v [F, N, H, d]; out [F*P, H, d].
     """
-    frames = scale.shape[0]
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).unflatten(0, (frames, -1))
-    factor = (1 + scale).float().unsqueeze(1)
-    return out.copy_((normed * factor + shift.float().unsqueeze(1)).flatten(0, 1))
-
-
-def audio_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-    """Each latent frame's tokens attend to that frame's few audio tokens. q, out [F*P, H, d]; k, v [F, N, H, d]."""
-    frames = k.shape[0]
+    frames, heads = k.shape[0], k.shape[2:]
+    normed = rms_norm(q, weight, torch.empty_like(q), eps=eps)
     attended = F.scaled_dot_product_attention(
-        q.unflatten(0, (frames, -1)).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        normed.view(frames, -1, *heads).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     )
     return out.copy_(attended.transpose(1, 2).flatten(0, 1))
 

@@ -19,6 +19,8 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(os.environ.get("LIVERELAY_GOLDEN", ROOT.parent / "shared" / "golden"))
 
+# Triton decides at import between compiler and interpreter, so without a GPU its tests are a process of their own.
+collect_ignore_glob = [] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else ["kernels/*"]
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.errors import CheckpointError, InputError
-from liverelay.engine.models.dit import DiT
+from liverelay.engine.models.dit import DiT, _audio_norm, _first_norm, _head_norm
 from liverelay.engine.models.geometry import Geometry, reference_position
 from liverelay.engine.models.weights import dit_shapes
+from liverelay.kernels.contract import Update
 from tests.compare import relative
 from tests.dit_twin import Twin
 
@@ -139,19 +141,27 @@ def test_small_magnitudes_show_the_eps_values_and_two_speakers_add_up(golden: Pa
     tables, count = dit.timestep_tables(meta["timestep"]), geometry.block_tokens
     x = unit["x"][0]
 
-    ws.x[:count].copy_(x)
-    row, valid = geometry.slot_row(0), geometry.valid_tokens(0)
-    layer = dit.weights.layers[0]
-    dit._project(ws, layer, tables.layers[0], arena, (0, row, count), ws.block_rope.both, None)
-    dit._attend(ws, layer, tables.layers[0], (arena.k[0, :valid], arena.v[0, :valid]), text, 0, count)
-    assert relative(ws.x[:count], unit["block0_out"][0]) <= 1e-5
+    stream, norm = ws.x[:count], ws.h[:count]
+    ws.place.fill(geometry.slot_row(0), geometry.valid_tokens(0), False)
+
+    def stream_after(updates: list[Update]) -> Tensor:
+        head = _head_norm(tables.head)
+        dit.ops.residual_norm(stream.copy_(x), updates, head, ws.head[:count], eps=config.eps, x_out=stream)
+        return stream
+
+    layer, modulation = dit.weights.layers[0], tables.layers[0]
+    dit.ops.residual_norm(stream.copy_(x), [], _first_norm(modulation), norm, eps=config.eps)
+    dit._project(ws, layer, arena, 0, count, ws.block_rope.both)
+    updates = dit._attend(ws, layer, modulation, (arena.k[0], arena.v[0], ws.place), text, 0, count)
+    assert relative(stream_after(updates), unit["block0_out"][0]) <= 1e-5
     audio = dit.audio_condition(inputs["audio.0"], 3)
-    for j, layer_index in enumerate(config.audio_inject_layers):
-        ws.x[:count].copy_(x)
-        dit._inject(ws, dit.weights.injectors[layer_index], audio, j, count)
-        assert relative(ws.x[:count], unit[f"after_audio.{layer_index}"][0]) <= 1e-5
-    ws.x[:count].copy_(x)
-    assert relative(dit._head(ws, tables, count), unit["head_out"][0]) <= 1e-5
+    for j, i in enumerate(config.audio_inject_layers):
+        dit.ops.residual_norm(stream.copy_(x), [], _audio_norm(audio, j, 0), norm, eps=1e-5)
+        updates = dit._inject(ws, dit.weights.injectors[i], audio, j, count)
+        assert relative(stream_after(updates), unit[f"after_audio.{i}"][0]) <= 1e-5
+    stream_after([])
+    head = F.linear(ws.head[:count], dit.weights.head.weight, dit.weights.head.bias)
+    assert relative(head, unit["head_out"][0]) <= 1e-5
 
     arena.k[:, geometry.sink_tokens :] = 0
     arena.v[:, geometry.sink_tokens :] = 0

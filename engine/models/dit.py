@@ -40,6 +40,7 @@ from liverelay.engine.models.layers import (
     timestep_tables,
 )
 from liverelay.kernels import dispatch
+from liverelay.kernels.contract import Norm, Place, Update
 
 Tap = Callable[[str, Tensor], None]
 NOISY, REFERENCE, MOTION = 0, 1, 2
@@ -75,11 +76,12 @@ class Workspace:
             return torch.empty((tokens, *shape), device=device, dtype=of)
 
         self.geometry = geometry
-        self.x = make(width)  # between layers: the working dtype
-        self.x32 = make(width, of=torch.float32)  # inside a layer
-        self.h, self.y = make(width), make(width)
-        self.qkv, self.ffn = make(3 * width), make(config.ffn_dim)
-        self.q, self.k_raw, self.attended = make(*heads), make(*heads), make(*heads)
+        self.x, self.h = make(width), make(width)  # the residual stream between layers; a norm's result
+        self.y = [make(width) for _ in range(3)]  # what self-attention, cross attention and feed-forward add to it
+        self.qk, self.ffn = make(2 * width), make(config.ffn_dim)
+        self.q, self.attended = make(*heads), make(*heads)
+        self.head = make(width, of=torch.float32)
+        self.place = Place.make(device)
         self.flow = make(4 * config.in_channels)
         head_dim, rows, cols = config.head_dim, range(geometry.rows), range(geometry.cols)
         frames = geometry.frames_per_block
@@ -206,18 +208,22 @@ class DiT:
         The ring is not touched. The sink does not depend on the timestep: other arenas take it by `copy_sink`.
         """
         sink, reference = ws.geometry.sink_tokens, ws.geometry.frame_tokens
-        ws.x[:sink].copy_(tokens)
+        x, h, place = ws.x[:sink].copy_(tokens), ws.h[:sink], ws.place.fill(0, sink, False)
+        raw = ws.y[2][:sink].view(sink, self.config.num_heads, -1)
         last = len(self.weights.layers) - 1
+        self.ops.residual_norm(x, [], _first_norm(tables.layers[0]), h, eps=self.config.eps)
         for i, layer in enumerate(self.weights.layers):
             if tap:
-                tap(f"hidden.{i}", ws.x[:sink])
-            self._project(ws, layer, tables.layers[i], arena, (i, 0, sink), ws.sink_rope, None)
-            arena.reference_k[i].copy_(ws.k_raw[:reference])
+                tap(f"hidden.{i}", x)
+            self._project(ws, layer, arena, i, sink, ws.sink_rope, k_raw=raw)
+            arena.reference_k[i].copy_(raw[:reference])
             if tap:
-                tap(f"cond_k.{i}", ws.k_raw[:sink])
+                tap(f"cond_k.{i}", raw)
                 tap(f"cond_v.{i}", arena.v[i, :sink])
             if i < last:  # the last layer's output has no reader
-                self._attend(ws, layer, tables.layers[i], (arena.k[i, :sink], arena.v[i, :sink]), text, i)
+                updates = self._attend(ws, layer, tables.layers[i], (arena.k[i], arena.v[i], place), text, i, sink)
+                following = _first_norm(tables.layers[i + 1])
+                self.ops.residual_norm(x, updates, following, h, eps=self.config.eps, x_out=x)
         arena.reference_position = REFERENCE_POSITION
 
     # -- one block -------------------------------------------------------------------------------------------------
@@ -231,100 +237,115 @@ class DiT:
         latent [16, F, h, w] in the working dtype; conditions: text, audio, embedded pose. Writes the block's keys
         and values into the ring slot of `start_frame` (spec 7.3) and moves the sink's reference frame.
         """
-        geometry, tokens = ws.geometry, ws.geometry.block_tokens
+        geometry, tokens, eps = ws.geometry, ws.geometry.block_tokens, self.config.eps
         text, audio, pose = conditions
-        row, valid = geometry.slot_row(start_frame), geometry.valid_tokens(start_frame)
         ws.block_rope.fill_times(start_frame)
         moved = reference_position != arena.reference_position
         if moved:
             ws.reference_rope.fill_times(reference_position)
             arena.reference_position = reference_position
-        patch = self.weights.patch
-        x = ws.x[:tokens]
+        place = ws.place.fill(geometry.slot_row(start_frame), geometry.valid_tokens(start_frame), moved)
+        patch, x, h = self.weights.patch, ws.x[:tokens], ws.h[:tokens]
         self.ops.embed(latent, (patch.weight, patch.bias), pose, self.weights.kinds[NOISY], x)
         if tap:
             tap("tokens_in", x)
-        injected = 0
+        # The norm that reads a layer's output is made in the same pass that completes it.
+        norms = [_first_norm(modulation) for modulation in tables.layers] + [_head_norm(tables.head)]
+        injectors = list(self.weights.injectors)
+        self.ops.residual_norm(x, [], norms[0], h, eps=eps)
         for i, layer in enumerate(self.weights.layers):
-            reference = None
-            if moved:
-                rows = arena.k[i, : geometry.frame_tokens]
-                reference = (arena.reference_k[i], ws.reference_rope.both, rows)
-            self._project(ws, layer, tables.layers[i], arena, (i, row, tokens), ws.block_rope.both, reference)
-            self._attend(ws, layer, tables.layers[i], (arena.k[i, :valid], arena.v[i, :valid]), text, i, tokens)
-            if tap:
-                tap(f"hidden.block.{i}", x)
+            reference = (arena.reference_k[i], ws.reference_rope.both) if moved else None
+            self._project(ws, layer, arena, i, tokens, ws.block_rope.both, reference=reference)
+            updates = self._attend(ws, layer, tables.layers[i], (arena.k[i], arena.v[i], place), text, i, tokens)
+            following = ws.head[:tokens] if i + 1 == len(self.weights.layers) else h
             if i in self.weights.injectors:
-                self._inject(ws, self.weights.injectors[i], audio, injected, tokens)
-                injected += 1
+                j = injectors.index(i)
+                self.ops.residual_norm(x, updates, _audio_norm(audio, j, 0), h, eps=ADAIN_EPS, x_out=x)
+                if tap:
+                    tap(f"hidden.block.{i}", x)
+                updates = self._inject(ws, self.weights.injectors[i], audio, j, tokens)
+                self.ops.residual_norm(x, updates, norms[i + 1], following, eps=eps, x_out=x)
+            else:
+                self.ops.residual_norm(x, updates, norms[i + 1], following, eps=eps, x_out=x)
+                if tap:
+                    tap(f"hidden.block.{i}", x)
             if tap:
                 tap(f"hidden.after_audio.{i}", x)
-        return self._head(ws, tables, tokens)
+        head = self.weights.head
+        return ws.flow[:tokens].copy_(F.linear(ws.head[:tokens], head.weight, head.bias))
 
     def _project(
-        self, ws: Workspace, layer: LayerWeights, modulation: Tensor, arena: Arena, place: tuple[int, int, int],
-        rope: tuple[Tensor, Tensor], reference: tuple[Tensor, tuple[Tensor, Tensor], Tensor] | None,
+        self, ws: Workspace, layer: LayerWeights, arena: Arena, i: int, tokens: int, rope: tuple[Tensor, Tensor], *,
+        k_raw: Tensor | None = None, reference: tuple[Tensor, tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        """norm1, modulation, q/k/v, RMS norm, RoPE; keys and values go to rows of the arena. place: layer, row, T."""
-        i, row, tokens = place
-        ops, eps, attn = self.ops, self.config.eps, layer.self_attn
-        h, qkv = ws.h[:tokens], ws.qkv[:tokens]
-        shift, scale = modulation[0], modulation[1]
-        ops.norm_modulate(ws.x[:tokens], scale, shift, h, eps=eps, round_norm=True)
-        ops.linear(h, attn.first.weight, attn.first.bias, qkv)
-        outs = (ws.q[:tokens], arena.k[i, row : row + tokens], arena.v[i, row : row + tokens])
-        ops.qk_norm_rope(qkv, (attn.norm_q, attn.norm_k), rope, outs, ws.k_raw[:tokens], reference, eps=eps)
+        """q, k and v of ws.h: normalised and rotated q into the workspace, keys and values into rows of the arena."""
+        ops, attn, h, place = self.ops, layer.self_attn, ws.h[:tokens], ws.place
+        ops.linear(h, attn.first.weight, attn.first.bias, ws.qk[:tokens])
+        ops.linear(h, layer.v.weight, layer.v.bias, arena.v[i, place.row : place.row + tokens].flatten(1))
+        ops.qk_norm_rope(
+            ws.qk[:tokens], (attn.norm_q, attn.norm_k), rope, (ws.q[:tokens], arena.k[i]), place,
+            eps=self.config.eps, k_raw=k_raw, reference=reference,
+        )
 
     def _attend(
-        self, ws: Workspace, layer: LayerWeights, modulation: Tensor, keys: tuple[Tensor, Tensor],
-        text: TextCondition, i: int, tokens: int | None = None,
-    ) -> None:
-        """The rest of a layer, from self-attention over `keys` to the gated feed-forward; x is rounded at its end."""
-        tokens = tokens or ws.geometry.sink_tokens
+        self, ws: Workspace, layer: LayerWeights, modulation: Tensor, keys: tuple[Tensor, Tensor, Place],
+        text: TextCondition, i: int, tokens: int,
+    ) -> list[Update]:
+        """The rest of a layer; returns what it adds to the residual stream: self, cross attention, feed-forward."""
         ops, eps = self.ops, self.config.eps
         _, _, gate1, shift2, scale2, gate2 = modulation
-        x, x32, h, y = ws.x[:tokens], ws.x32[:tokens], ws.h[:tokens], ws.y[:tokens]
-        q, attended, ffn = ws.q[:tokens], ws.attended[:tokens], ws.ffn[:tokens]
+        x, h, ffn = ws.x[:tokens], ws.h[:tokens], ws.ffn[:tokens]
+        q, attended = ws.q[:tokens], ws.attended[:tokens]
+        own, cross, forward = (y[:tokens] for y in ws.y)
 
-        ops.attention(q, *keys, attended)
-        ops.linear(attended.flatten(1), layer.self_attn.out.weight, layer.self_attn.out.bias, y)
-        ops.gate_residual(x, y, gate1, x32)
+        ops.attention(q, keys[0], keys[1], attended, keys[2])
+        ops.linear(attended.flatten(1), layer.self_attn.out.weight, layer.self_attn.out.bias, own)
+        affine = Norm(*layer.norm3, plus_one=False, round_input=True)
+        ops.residual_norm(x, [(own, gate1)], affine, h, eps=eps)
 
-        cross = layer.cross_attn
-        ops.norm_affine(x32, *layer.norm3, h, eps=eps)
-        ops.linear(h, cross.first.weight, cross.first.bias, y)
-        ops.rms_norm(y, cross.norm_q, q.flatten(1), eps=eps)
+        attn = layer.cross_attn
+        ops.linear(h, attn.first.weight, attn.first.bias, cross)
+        ops.rms_norm(cross, attn.norm_q, q.flatten(1), eps=eps)
         ops.attention(q, text.k[i], text.v[i], attended)
-        ops.linear(attended.flatten(1), cross.out.weight, cross.out.bias, y)
-        ops.gate_residual(x32, y, None, x32)
+        ops.linear(attended.flatten(1), attn.out.weight, attn.out.bias, cross)
+        ops.residual_norm(x, [(own, gate1), (cross, None)], Norm(scale2, shift2), h, eps=eps)
 
-        ops.norm_modulate(x32, scale2, shift2, h, eps=eps)
         ops.linear(h, layer.ffn_in.weight, layer.ffn_in.bias, ffn)
         ops.gelu(ffn, ffn)
-        ops.linear(ffn, layer.ffn_out.weight, layer.ffn_out.bias, y)
-        ops.gate_residual(x32, y, gate2, x)
+        ops.linear(ffn, layer.ffn_out.weight, layer.ffn_out.bias, forward)
+        return [(own, gate1), (cross, None), (forward, gate2)]
 
-    def _inject(self, ws: Workspace, injector: InjectorWeights, audio: AudioCondition, j: int, tokens: int) -> None:
-        """Audio injection after a layer (spec section 6): x_f = R(x_f + r), r summed over speakers where masked."""
+    def _inject(
+        self, ws: Workspace, injector: InjectorWeights, audio: AudioCondition, j: int, tokens: int
+    ) -> list[Update]:
+        """What a layer's audio adds (spec section 6): summed over speakers, each where its mask lets it act.
+
+        ws.h holds the first speaker's AdaIN norm.
+        """
         ops, eps, attn = self.ops, self.config.eps, injector.attn
-        x, h, y = ws.x[:tokens], ws.h[:tokens], ws.y[:tokens]
-        q, attended, total = ws.q[:tokens], ws.attended[:tokens], ws.x32[:tokens]
+        x, h, attended, y, total = (part[:tokens] for part in (ws.x, ws.h, ws.attended, ws.y[0], ws.head))
         for s in range(audio.k.shape[1]):
-            ops.audio_norm(x, audio.scale[j, s], audio.shift[j, s], h, eps=ADAIN_EPS)
+            if s:
+                ops.residual_norm(x, [], _audio_norm(audio, j, s), h, eps=ADAIN_EPS)
             ops.linear(h, attn.first.weight, attn.first.bias, y)
-            ops.rms_norm(y, attn.norm_q, q.flatten(1), eps=eps)
-            ops.audio_attention(q, audio.k[j, s], audio.v[j, s], attended)
+            ops.audio_attention(y, attn.norm_q, audio.k[j, s], audio.v[j, s], attended, eps=eps)
             ops.linear(attended.flatten(1), attn.out.weight, attn.out.bias, y)
-            if audio.mask is not None:
-                part = y.float() * audio.mask[s]
-                total.copy_(part) if s == 0 else total.add_(part)
-        ops.gate_residual(x, y if audio.mask is None else total, None, x)
+            if audio.mask is None:
+                return [(y, None)]
+            part = y.float() * audio.mask[s]
+            total.copy_(part) if s == 0 else total.add_(part)
+        return [(total, None)]
 
-    def _head(self, ws: Workspace, tables: TimestepTables, tokens: int) -> Tensor:
-        """Final norm, modulation and float32 projection; rounded to the working dtype."""
-        shift, scale = tables.head
-        x32, head = ws.x32[:tokens], self.weights.head
-        # The norm's result is rounded to the stream's dtype before the modulation, which stays float32 here.
-        normed = F.layer_norm(ws.x[:tokens].float(), (self.config.dim,), eps=self.config.eps).to(self.dtype)
-        torch.addcmul(shift, normed.float(), 1 + scale, out=x32)
-        return ws.flow[:tokens].copy_(F.linear(x32, head.weight, head.bias))
+
+def _first_norm(modulation: Tensor) -> Norm:
+    """norm1 of a layer: its input is the rounded stream, so its result is rounded too."""
+    return Norm(modulation[1], modulation[0], round_input=True, round_norm=True)
+
+
+def _head_norm(modulation: Tensor) -> Norm:
+    return Norm(modulation[1], modulation[0], round_input=True, round_norm=True)
+
+
+def _audio_norm(audio: AudioCondition, j: int, speaker: int) -> Norm:
+    """AdaIN: scale and shift per latent frame, from the sound."""
+    return Norm(audio.scale[j, speaker], audio.shift[j, speaker], round_input=True)

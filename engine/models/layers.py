@@ -22,7 +22,7 @@ ADAIN_EPS = 1e-5
 
 @dataclass
 class AttentionWeights:
-    """Projections and RMS weights of one attention; `first` is q, k, v fused (self) or q alone (cross, audio)."""
+    """Projections and RMS weights of one attention; `first` is q and k fused (self) or q alone (cross, audio)."""
 
     first: Linear
     norm_q: Tensor
@@ -35,6 +35,7 @@ class LayerWeights:
     """One transformer layer. Keys and values of text are projected once per prompt by `text_kv`."""
 
     self_attn: AttentionWeights
+    v: Linear  # of the self-attention: its own product, because its result goes straight into the arena
     cross_attn: AttentionWeights
     text_kv: Linear
     norm3: tuple[Tensor, Tensor]
@@ -120,7 +121,8 @@ def load_weights(
     def layer(i: int) -> LayerWeights:
         block = f"blocks.{i}"
         return LayerWeights(
-            attention(f"{block}.self_attn", "qkv"),
+            attention(f"{block}.self_attn", "qk"),
+            load.linear(f"{block}.self_attn.v"),
             attention(f"{block}.cross_attn", "q"),
             load.linear(f"{block}.cross_attn.k", f"{block}.cross_attn.v"),
             (load.tensor(f"{block}.norm3.weight"), load.tensor(f"{block}.norm3.bias")),

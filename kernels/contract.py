@@ -1,0 +1,49 @@
+"""Argument types that every backend's operators share. Only torch is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Update = tuple[Tensor, Tensor | None]  # [T, D] to add to the residual stream, and its gate [D] float32 or None for 1
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNorm's modulation and the published roundings around it (spec dit.md section 3).
+
+    out = LN * a + b with b = shift and a = scale, or R(1 + scale) with `plus_one`, R in the dtype of scale.
+    scale, shift [D], or [F, D] for one row per latent frame. round_input: the input is rounded to the stream's dtype
+    first; round_norm: LN's result is.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    plus_one: bool = True
+    round_input: bool = False
+    round_norm: bool = False
+
+
+@dataclass
+class Place:
+    """Where a block stands in its arena: first row of its slot, rows that attention sees, whether the sink moves.
+
+    `scalars` int32 [3] holds the same on the device, for kernels whose launch is captured once and replayed.
+    """
+
+    row: int
+    valid: int
+    moved: bool
+    scalars: Tensor
+
+    @classmethod
+    def make(cls, device: torch.device | str) -> Place:
+        return cls(0, 0, False, torch.zeros(3, dtype=torch.int32, device=device))
+
+    def fill(self, row: int, valid: int, moved: bool) -> Place:
+        """Set all three, here and on the device."""
+        self.row, self.valid, self.moved = row, valid, moved
+        self.scalars.copy_(torch.tensor([row, valid, int(moved)], dtype=torch.int32))
+        return self

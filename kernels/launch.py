@@ -1,0 +1,94 @@
+"""The one way to start a Triton kernel: on a GPU, in Triton's interpreter, or only compiled for a named architecture.
+
+Launchers call `run`; the ahead-of-time gate calls the same launchers inside `compile_only`, so that it compiles
+exactly what a launch would run. TRITON_INTERPRET=1 must be set before the process starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+if INTERPRETED:
+    from liverelay.kernels import interpreter  # noqa: F401  (mends Triton's interpreter when imported)
+
+
+@dataclass
+class Compiled:
+    """What `compile_only` gathers: (kernel name, compiled kernel, number of programs) of every launch."""
+
+    arch: int
+    kernels: list[tuple[str, Any, int]] = field(default_factory=list)
+
+
+_compile_only: list[Compiled] = []
+
+
+@contextlib.contextmanager
+def compile_only(arch: int) -> Iterator[Compiled]:
+    """Within this, `run` compiles for the architecture (80, 90, ...) and launches nothing. Needs an active driver."""
+    collected = Compiled(arch)
+    _compile_only.append(collected)
+    try:
+        yield collected
+    finally:
+        _compile_only.pop()
+
+
+@lru_cache(maxsize=8)
+def _properties(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def arch(tensor: Tensor) -> int:
+    """Architecture that a kernel on this tensor runs on: 90 for an H100, 0 in the interpreter."""
+    if _compile_only:
+        return _compile_only[-1].arch
+    return 0 if INTERPRETED else _properties(tensor.get_device())[0]
+
+
+def processors(tensor: Tensor) -> int:
+    """Streaming multiprocessors of the tensor's device (a small number in the interpreter)."""
+    if _compile_only:
+        return 132
+    return 3 if INTERPRETED else _properties(tensor.get_device())[1]
+
+
+def run(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
+    """Launch `programs` programs of a kernel on the tensors' device."""
+    if _compile_only:
+        compiled = kernel.warmup(*args, grid=(programs,), **meta)
+        _compile_only[-1].kernels.append((kernel.fn.__name__, compiled, programs))
+        return
+    kernel[(programs,)](*args, **meta)
+
+
+def refuse(kernel: str, fault: str) -> None:
+    """ValueError in one line; launchers check before they launch, because a wrong address is silent on a GPU."""
+    raise ValueError(f"{kernel}: {fault}")
+
+
+def check(kernel: str, tensors: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+    """Every named tensor has its shape, lies on one device, and its last dimension is contiguous."""
+    first = next(iter(tensors.values()))[0]
+    for name, (tensor, shape) in tensors.items():
+        if tuple(tensor.shape) != shape:
+            refuse(kernel, f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.device != first.device:
+            refuse(kernel, f"{name} is on {tensor.device}, the first argument on {first.device}")
+        if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            refuse(kernel, f"the last dimension of {name} is not contiguous (strides {list(tensor.stride())})")
+
+
+def next_power_of_two(value: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << max(0, value - 1).bit_length()

@@ -1,0 +1,245 @@
+"""`residual_norm`: gated residuals, LayerNorm and its modulation in one pass over the rows; and `rms_norm`.
+
+    s = x + sum_i y_i * gate_i                            float32
+    x_out = R(s)                                          optional
+    out = R(R'(LN(s or R(s))) * a + b),  a = scale or R(1 + scale)
+
+R rounds to the working dtype (that of x); R' does so only where the published code casts the norm's result back.
+x, y_i, out, x_out [T, D]; gate_i [D] float32; scale and shift [D] or, one row for each group of T / G tokens, [G, D].
+Bytes: T * D * (1 + updates + written) * element size; FLOPs: about 8 for each element. Source: spec dit.md 3 and 6.
+
+Recomputing s from the layer's input in each of a layer's three norms moves fewer bytes than keeping s in float32
+between them (8 instead of 12 for each element and norm), and gives the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from liverelay.kernels import torch_ops
+from liverelay.kernels.contract import Norm, Update
+from liverelay.kernels.launch import check, next_power_of_two, refuse, run
+from liverelay.kernels.spec import Case, Cost, CostOf, Dims, KernelSpec, MakeCase, poisoned, random
+
+MAX_UPDATES = 3
+
+
+@triton.jit
+def add_update(total, y, gate, row, y_stride, offsets, inside, HAS: tl.constexpr, GATED: tl.constexpr):
+    """total + y * gate for one row."""
+    if HAS:
+        value = tl.load(y + row * y_stride + offsets, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            value *= tl.load(gate + offsets, mask=inside, other=0.0)
+        total += value
+    return total
+
+
+@triton.jit
+def residual_norm_kernel(
+    x, y0, y1, y2, gate0, gate1, gate2, scale, shift, out, x_out,
+    x_stride, y0_stride, y1_stride, y2_stride, out_stride, x_out_stride, group_rows, group_stride, eps,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, UPDATES: tl.constexpr, GATED0: tl.constexpr, GATED1: tl.constexpr,
+    GATED2: tl.constexpr, PLUS_ONE: tl.constexpr, ROUND_INPUT: tl.constexpr, ROUND_NORM: tl.constexpr,
+    HAS_X_OUT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, TILE)
+    inside = offsets < WIDTH
+    rounded = x.dtype.element_ty
+    total = tl.load(x + row * x_stride + offsets, mask=inside, other=0.0).to(tl.float32)
+    total = add_update(total, y0, gate0, row, y0_stride, offsets, inside, UPDATES > 0, GATED0)
+    total = add_update(total, y1, gate1, row, y1_stride, offsets, inside, UPDATES > 1, GATED1)
+    total = add_update(total, y2, gate2, row, y2_stride, offsets, inside, UPDATES > 2, GATED2)
+    if HAS_X_OUT:
+        tl.store(x_out + row * x_out_stride + offsets, total.to(rounded), mask=inside)
+    if ROUND_INPUT:
+        total = total.to(rounded).to(tl.float32)
+    mean = tl.sum(total, axis=0) / WIDTH
+    centred = tl.where(inside, total - mean, 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / WIDTH + eps)
+    if ROUND_NORM:
+        normed = normed.to(rounded).to(tl.float32)
+    group = (row // group_rows) * group_stride
+    a = tl.load(scale + group + offsets, mask=inside, other=0.0)
+    if PLUS_ONE:
+        a = (a.to(tl.float32) + 1.0).to(a.dtype)
+    b = tl.load(shift + group + offsets, mask=inside, other=0.0).to(tl.float32)
+    result = normed * a.to(tl.float32) + b
+    tl.store(out + row * out_stride + offsets, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rms_norm_kernel(x, weight, out, x_stride, out_stride, eps, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, TILE)
+    inside = offsets < WIDTH
+    value = tl.load(x + row * x_stride + offsets, mask=inside, other=0.0).to(tl.float32)
+    normed = value * tl.rsqrt(tl.sum(value * value, axis=0) / WIDTH + eps)
+    w = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
+    result = normed.to(x.dtype.element_ty).to(tl.float32) * w
+    tl.store(out + row * out_stride + offsets, result.to(out.dtype.element_ty), mask=inside)
+
+
+def warps(width: int) -> int:
+    """Threads for a row: about 16 elements each."""
+    return min(16, max(1, next_power_of_two(width) // 512))
+
+
+def residual_norm(
+    x: Tensor, updates: Sequence[Update], norm: Norm, out: Tensor, *, eps: float, x_out: Tensor | None = None
+) -> Tensor:
+    """Gated residuals, LayerNorm and modulation of [T, D] rows in one pass."""
+    tokens, width = x.shape
+    name, groups = "residual_norm", norm.scale.shape[0] if norm.scale.dim() == 2 else 1
+    modulation: tuple[int, ...] = (groups, width) if norm.scale.dim() == 2 else (width,)
+    tensors: dict[str, tuple[Tensor, tuple[int, ...]]] = {"x": (x, (tokens, width)), "out": (out, (tokens, width))}
+    tensors |= {"scale": (norm.scale, modulation), "shift": (norm.shift, modulation)}
+    for i, (y, gate) in enumerate(updates):
+        tensors |= {f"y{i}": (y, (tokens, width))} | ({} if gate is None else {f"gate{i}": (gate, (width,))})
+    if x_out is not None:
+        tensors["x_out"] = (x_out, (tokens, width))
+    check(name, tensors)
+    if len(updates) > MAX_UPDATES or tokens % groups:
+        refuse(name, f"{len(updates)} updates (at most {MAX_UPDATES}), {tokens} tokens in {groups} groups")
+    ys = [y for y, _ in updates] + [x] * (MAX_UPDATES - len(updates))
+    gates = [gate for _, gate in updates] + [None] * (MAX_UPDATES - len(updates))
+    target = x if x_out is None else x_out
+    run(
+        residual_norm_kernel, tokens, x, *ys, *(norm.scale if gate is None else gate for gate in gates),
+        norm.scale, norm.shift, out, target,
+        x.stride(0), *(y.stride(0) for y in ys), out.stride(0), target.stride(0),
+        tokens // groups, norm.scale.stride(0) if groups > 1 else 0, eps,
+        WIDTH=width, TILE=next_power_of_two(width), UPDATES=len(updates), GATED0=gates[0] is not None,
+        GATED1=gates[1] is not None, GATED2=gates[2] is not None, PLUS_ONE=norm.plus_one,
+        ROUND_INPUT=norm.round_input, ROUND_NORM=norm.round_norm, HAS_X_OUT=x_out is not None,
+        num_warps=warps(width), num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> Tensor:
+    """out = R(R(x * rsqrt(mean(x^2) + eps)) * weight) over the full width of [T, D] rows."""
+    tokens, width = x.shape
+    check("rms_norm", {"x": (x, (tokens, width)), "weight": (weight, (width,)), "out": (out, (tokens, width))})
+    run(
+        rms_norm_kernel, tokens, x, weight, out, x.stride(0), out.stride(0), eps,
+        WIDTH=width, TILE=next_power_of_two(width), num_warps=warps(width), num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+# -- reference, inputs, cost ------------------------------------------------------------------------------------------
+
+
+def reference_residual_norm(
+    x: Tensor, updates: Sequence[Update], norm: Norm, out: Tensor, *, eps: float, x_out: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Float64, no rounding."""
+    total = x.double()
+    for y, gate in updates:
+        total = total + (y.double() if gate is None else y.double() * gate.double())
+    scale, shift = norm.scale.double(), norm.shift.double()
+    if scale.dim() == 2:
+        scale, shift = (part.repeat_interleave(x.shape[0] // scale.shape[0], dim=0) for part in (scale, shift))
+    normed = torch.nn.functional.layer_norm(total, total.shape[-1:], eps=eps)
+    exact = {"out": normed * (1 + scale if norm.plus_one else scale) + shift}
+    return exact | ({} if x_out is None else {"x_out": total})
+
+
+def reference_rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> dict[str, Tensor]:
+    """Float64, no rounding."""
+    wide = x.double()
+    return {"out": wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.double()}
+
+
+def make_residual_norm(updates: int, kind: str) -> MakeCase:
+    """Input maker of a variant; kind: modulate, affine or audio, as in the layers of the model."""
+
+    def make(dims: Dims, dtype: torch.dtype, rng: torch.Generator, device: torch.device) -> Case:
+        tokens, width = dims["tokens"], dims["width"]
+        shape = (tokens, width)
+        x, out, x_out = random(shape, dtype, rng, device), *(poisoned(shape, dtype, device) for _ in range(2))
+        ys: list[Update] = []
+        for i in range(updates):
+            gate = None if i == 1 else random((width,), torch.float32, rng, device)
+            ys.append((random(shape, dtype, rng, device), gate))
+        groups, of = ((dims["frames"], width), dtype) if kind == "audio" else ((width,), torch.float32)
+        scale, shift = (random(groups, of if kind != "affine" else dtype, rng, device) for _ in range(2))
+        writes_x = updates in (1, 3) and kind != "affine"
+        norm = Norm(
+            scale, shift, plus_one=kind != "affine", round_input=kind == "affine" or writes_x,
+            round_norm=kind == "modulate" and updates != 2,
+        )
+        kwargs = {"eps": 1e-5 if kind == "audio" else 1e-6} | ({"x_out": x_out} if writes_x else {})
+        outputs = {"out": out} | ({"x_out": x_out} if writes_x else {})
+        return Case((x, ys, norm, out), kwargs, outputs)
+
+    return make
+
+
+def cost_residual_norm(updates: int, writes: int) -> CostOf:
+    """Bytes and operations of a variant."""
+
+    def cost(dims: Dims, dtype: torch.dtype) -> Cost:
+        elements = dims["tokens"] * dims["width"]
+        return Cost(elements * (1 + updates + writes) * dtype.itemsize, elements * (8 + 2 * updates))
+
+    return cost
+
+
+def make_rms_norm(dims: Dims, dtype: torch.dtype, rng: torch.Generator, device: torch.device) -> Case:
+    shape = (dims["tokens"], dims["width"])
+    x, weight = random(shape, dtype, rng, device), random(shape[1:], dtype, rng, device)
+    out = poisoned(shape, dtype, device)
+    return Case((x, weight, out), {"eps": 1e-6}, {"out": out})
+
+
+def cost_rms_norm(dims: Dims, dtype: torch.dtype) -> Cost:
+    elements = dims["tokens"] * dims["width"]
+    return Cost(2 * elements * dtype.itemsize, 5 * elements)
+
+
+SMALL = {
+    "odd": {"tokens": 21, "width": 97, "frames": 3},
+    "one-row": {"tokens": 1, "width": 64, "frames": 1},
+    "tiny-model": {"tokens": 48, "width": 128, "frames": 3},
+    "wide": {"tokens": 3, "width": 5120, "frames": 3},
+}
+PRODUCTION = {"14B 704x384": {"tokens": 3168, "width": 5120, "frames": 3}}
+
+
+@dataclass(frozen=True)
+class _Variant:
+    name: str
+    updates: int
+    kind: str
+    writes: int
+
+
+_VARIANTS = (
+    _Variant("norm_modulate", 0, "modulate", 1),
+    _Variant("gate_norm_affine", 1, "affine", 1),
+    _Variant("residual2_norm_modulate", 2, "modulate", 1),
+    _Variant("residual3_norm_modulate", 3, "modulate", 2),
+    _Variant("residual3_norm_audio", 3, "audio", 2),
+    _Variant("residual_norm_modulate", 1, "modulate", 2),
+)
+SPECS = [
+    KernelSpec(
+        v.name, residual_norm, reference_residual_norm, torch_ops.residual_norm, make_residual_norm(v.updates, v.kind),
+        cost_residual_norm(v.updates, v.writes), SMALL, PRODUCTION, rounds=3,
+    )
+    for v in _VARIANTS
+] + [
+    KernelSpec(
+        "rms_norm", rms_norm, reference_rms_norm, torch_ops.rms_norm, make_rms_norm, cost_rms_norm, SMALL, PRODUCTION,
+        rounds=2,
+    )
+]  # fmt: skip
