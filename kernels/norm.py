@@ -31,12 +31,12 @@ MAX_UPDATES = 3
 
 
 @triton.jit
-def add_update(total, y, gate, row, y_stride, offsets, inside, HAS: tl.constexpr, GATED: tl.constexpr):
-    """total + y * gate for one row."""
+def add_update(total, y, gate, row, y_stride, offsets, mask, HAS: tl.constexpr, GATED: tl.constexpr):
+    """total + y * gate for a tile of rows."""
     if HAS:
-        value = tl.load(y + row * y_stride + offsets, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(y + row * y_stride + offsets, mask=mask, other=0.0).to(tl.float32)
         if GATED:
-            value *= tl.load(gate + offsets, mask=inside, other=0.0)
+            value *= tl.load(gate + offsets, mask=mask, other=0.0)
         total += value
     return total
 
@@ -44,52 +44,64 @@ def add_update(total, y, gate, row, y_stride, offsets, inside, HAS: tl.constexpr
 @triton.jit
 def residual_norm_kernel(
     x, y0, y1, y2, gate0, gate1, gate2, scale, shift, out, x_out,
-    x_stride, y0_stride, y1_stride, y2_stride, out_stride, x_out_stride, group_rows, group_stride, eps,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, UPDATES: tl.constexpr, GATED0: tl.constexpr, GATED1: tl.constexpr,
-    GATED2: tl.constexpr, PLUS_ONE: tl.constexpr, ROUND_INPUT: tl.constexpr, ROUND_NORM: tl.constexpr,
-    HAS_X_OUT: tl.constexpr,
+    x_stride, y0_stride, y1_stride, y2_stride, out_stride, x_out_stride, group_rows, group_stride, tokens, eps,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, UPDATES: tl.constexpr, GATED0: tl.constexpr,
+    GATED1: tl.constexpr, GATED2: tl.constexpr, GROUPED: tl.constexpr, PLUS_ONE: tl.constexpr,
+    ROUND_INPUT: tl.constexpr, ROUND_NORM: tl.constexpr, HAS_X_OUT: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, TILE)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    offsets = tl.arange(0, TILE)[None, :]
     inside = offsets < WIDTH
+    mask = (row < tokens) & inside
     rounded = x.dtype.element_ty
-    total = tl.load(x + row * x_stride + offsets, mask=inside, other=0.0).to(tl.float32)
-    total = add_update(total, y0, gate0, row, y0_stride, offsets, inside, UPDATES > 0, GATED0)
-    total = add_update(total, y1, gate1, row, y1_stride, offsets, inside, UPDATES > 1, GATED1)
-    total = add_update(total, y2, gate2, row, y2_stride, offsets, inside, UPDATES > 2, GATED2)
+    total = tl.load(x + row * x_stride + offsets, mask=mask, other=0.0).to(tl.float32)
+    total = add_update(total, y0, gate0, row, y0_stride, offsets, mask, UPDATES > 0, GATED0)
+    total = add_update(total, y1, gate1, row, y1_stride, offsets, mask, UPDATES > 1, GATED1)
+    total = add_update(total, y2, gate2, row, y2_stride, offsets, mask, UPDATES > 2, GATED2)
     if HAS_X_OUT:
-        tl.store(x_out + row * x_out_stride + offsets, total.to(rounded), mask=inside)
+        tl.store(x_out + row * x_out_stride + offsets, total.to(rounded), mask=mask)
     if ROUND_INPUT:
         total = total.to(rounded).to(tl.float32)
-    mean = tl.sum(total, axis=0) / WIDTH
+    mean = tl.sum(total, axis=1)[:, None] / WIDTH
     centred = tl.where(inside, total - mean, 0.0)
-    normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / WIDTH + eps)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=1)[:, None] / WIDTH + eps)
     if ROUND_NORM:
         normed = normed.to(rounded).to(tl.float32)
-    group = (row // group_rows) * group_stride
-    a = tl.load(scale + group + offsets, mask=inside, other=0.0)
+    if GROUPED:
+        places = (row // group_rows) * group_stride + offsets
+        a, b = tl.load(scale + places, mask=mask, other=0.0), tl.load(shift + places, mask=mask, other=0.0)
+    else:
+        a, b = tl.load(scale + offsets, mask=inside, other=0.0), tl.load(shift + offsets, mask=inside, other=0.0)
     if PLUS_ONE:
         a = (a.to(tl.float32) + 1.0).to(a.dtype)
-    b = tl.load(shift + group + offsets, mask=inside, other=0.0).to(tl.float32)
-    result = normed * a.to(tl.float32) + b
-    tl.store(out + row * out_stride + offsets, result.to(out.dtype.element_ty), mask=inside)
+    result = normed * a.to(tl.float32) + b.to(tl.float32)
+    tl.store(out + row * out_stride + offsets, result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def rms_norm_kernel(x, weight, out, x_stride, out_stride, eps, WIDTH: tl.constexpr, TILE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, TILE)
-    inside = offsets < WIDTH
-    value = tl.load(x + row * x_stride + offsets, mask=inside, other=0.0).to(tl.float32)
-    normed = value * tl.rsqrt(tl.sum(value * value, axis=0) / WIDTH + eps)
-    w = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
+def rms_norm_kernel(
+    x, weight, out, x_stride, out_stride, tokens, eps, WIDTH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    offsets = tl.arange(0, TILE)[None, :]
+    mask = (row < tokens) & (offsets < WIDTH)
+    value = tl.load(x + row * x_stride + offsets, mask=mask, other=0.0).to(tl.float32)
+    normed = value * tl.rsqrt(tl.sum(value * value, axis=1)[:, None] / WIDTH + eps)
+    w = tl.load(weight + offsets, mask=offsets < WIDTH, other=0.0).to(tl.float32)
     result = normed.to(x.dtype.element_ty).to(tl.float32) * w
-    tl.store(out + row * out_stride + offsets, result.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * out_stride + offsets, result.to(out.dtype.element_ty), mask=mask)
 
 
-def warps(width: int) -> int:
-    """Threads for a row: about 16 elements each."""
-    return min(16, max(1, next_power_of_two(width) // 512))
+ELEMENTS = 8192  # of a program: one row of the 14B model, many of a narrow one
+
+
+def tiling(width: int) -> dict[str, int]:
+    """Launch constants of a row kernel: rows a program takes, tile of the width, threads (about 32 elements each)."""
+    tile = next_power_of_two(width)
+    rows = max(1, min(64, ELEMENTS // tile))
+    return {
+        "WIDTH": width, "TILE": tile, "ROWS": rows, "num_warps": min(16, max(1, rows * tile // 1024)), "num_stages": 1,
+    }  # fmt: skip
 
 
 def residual_norm(
@@ -111,15 +123,16 @@ def residual_norm(
     ys = [y for y, _ in updates] + [x] * (MAX_UPDATES - len(updates))
     gates = [gate for _, gate in updates] + [None] * (MAX_UPDATES - len(updates))
     target = x if x_out is None else x_out
+    tiles = tiling(width)
     run(
-        residual_norm_kernel, tokens, x, *ys, *(norm.scale if gate is None else gate for gate in gates),
+        residual_norm_kernel, triton.cdiv(tokens, tiles["ROWS"]), x, *ys,
+        *(norm.scale if gate is None else gate for gate in gates),
         norm.scale, norm.shift, out, target,
         x.stride(0), *(y.stride(0) for y in ys), out.stride(0), target.stride(0),
-        tokens // groups, norm.scale.stride(0) if groups > 1 else 0, eps,
-        WIDTH=width, TILE=next_power_of_two(width), UPDATES=len(updates), GATED0=gates[0] is not None,
-        GATED1=gates[1] is not None, GATED2=gates[2] is not None, PLUS_ONE=norm.plus_one,
-        ROUND_INPUT=norm.round_input, ROUND_NORM=norm.round_norm, HAS_X_OUT=x_out is not None,
-        num_warps=warps(width), num_stages=1,
+        tokens // groups, norm.scale.stride(0), tokens, eps,
+        UPDATES=len(updates), GATED0=gates[0] is not None, GATED1=gates[1] is not None, GATED2=gates[2] is not None,
+        GROUPED=groups > 1, PLUS_ONE=norm.plus_one, ROUND_INPUT=norm.round_input, ROUND_NORM=norm.round_norm,
+        HAS_X_OUT=x_out is not None, **tiles,
     )  # fmt: skip
     return out
 
@@ -128,10 +141,9 @@ def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> Tensor:
     """out = R(R(x * rsqrt(mean(x^2) + eps)) * weight) over the full width of [T, D] rows."""
     tokens, width = x.shape
     check("rms_norm", {"x": (x, (tokens, width)), "weight": (weight, (width,)), "out": (out, (tokens, width))})
-    run(
-        rms_norm_kernel, tokens, x, weight, out, x.stride(0), out.stride(0), eps,
-        WIDTH=width, TILE=next_power_of_two(width), num_warps=warps(width), num_stages=1,
-    )  # fmt: skip
+    tiles = tiling(width)
+    programs = triton.cdiv(tokens, tiles["ROWS"])
+    run(rms_norm_kernel, programs, x, weight, out, x.stride(0), out.stride(0), tokens, eps, **tiles)
     return out
 
 

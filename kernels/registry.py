@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from liverelay.kernels import norm
+from liverelay.kernels import attention, audio, feedforward, norm, rope
 from liverelay.kernels.spec import KernelSpec
 
-KERNELS: list[KernelSpec] = [*norm.SPECS]
+KERNELS: list[KernelSpec] = [*norm.SPECS, *rope.SPECS, *feedforward.SPECS, *audio.SPECS, *attention.SPECS]

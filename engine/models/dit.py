@@ -105,7 +105,7 @@ class DiT:
         self.weights, self.config, self.dtype = weights, config, dtype
         self.device = weights.patch.weight.device
         try:
-            self.ops: ModuleType = dispatch.get(backend)
+            self.ops: ModuleType = dispatch.get(backend, self.device)
         except ValueError as error:
             raise InputError(str(error)) from None
 
@@ -167,11 +167,11 @@ class DiT:
         for injector in self.weights.injectors.values():
             adain = F.linear(F.silu(overall), injector.adain.weight, injector.adain.bias)
             shift, scale = adain.chunk(2, dim=-1)
-            raw, v = F.linear(tokens, injector.kv.weight, injector.kv.bias).chunk(2, dim=-1)
+            raw, v = F.linear(tokens.flatten(0, 2), injector.kv.weight, injector.kv.bias).chunk(2, dim=-1)
             k = torch.empty_like(raw, memory_format=torch.contiguous_format)
             self.ops.rms_norm(raw, injector.attn.norm_k, k, eps=config.eps)
-            heads = (config.num_heads, config.head_dim)
-            parts.append((k.unflatten(-1, heads), v.unflatten(-1, heads), scale, shift))
+            shape = (*tokens.shape[:3], config.num_heads, config.head_dim)
+            parts.append((k.view(shape), v.reshape(shape), scale, shift))
         k, v, scale, shift = (torch.stack(part) for part in zip(*parts, strict=True))
         if mask is not None:
             mask = mask.to(self.device, torch.float32).reshape(audio.shape[0], -1, 1)

@@ -1,0 +1,76 @@
+"""`gelu`: the activation between the two products of the feed-forward, in place.
+
+    out = R(gelu(x)),  gelu(x) = 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
+
+x, out [T, n]. Bytes: 2 T n * element size; FLOPs: about 10 for each element. Source: spec dit.md 6.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from liverelay.kernels import torch_ops
+from liverelay.kernels.launch import check, next_power_of_two, run
+from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, poisoned, random
+
+TILE = 2048
+
+
+@triton.jit
+def gelu_tanh(x):
+    """0.5 (1 + tanh(u)) = 1 / (1 + exp(-2 u)): exact at both ends, with the fast exponential."""
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp(-2.0 * inner))
+
+
+@triton.jit
+def gelu_kernel(
+    x, out, x_stride, out_stride, tokens, WIDTH: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    row = ((program // TILES) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    offsets = (program % TILES) * TILE + tl.arange(0, TILE)[None, :]
+    mask = (row < tokens) & (offsets < WIDTH)
+    value = tl.load(x + row * x_stride + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + offsets, gelu_tanh(value).to(out.dtype.element_ty), mask=mask)
+
+
+def gelu(x: Tensor, out: Tensor) -> Tensor:
+    """Tanh GELU of [T, n]; out may be x."""
+    tokens, width = x.shape
+    check("gelu", {"x": (x, (tokens, width)), "out": (out, (tokens, width))})
+    tile = min(TILE, next_power_of_two(width))
+    tiles, rows = triton.cdiv(width, tile), min(64, TILE // tile)
+    run(
+        gelu_kernel, triton.cdiv(tokens, rows) * tiles, x, out, x.stride(0), out.stride(0), tokens, WIDTH=width,
+        TILES=tiles, TILE=tile, ROWS=rows, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def reference_gelu(x: Tensor, out: Tensor) -> dict[str, Tensor]:
+    return {"out": torch.nn.functional.gelu(x.double(), approximate="tanh")}
+
+
+def make_inputs(dims: Dims, dtype: torch.dtype, rng: torch.Generator, device: torch.device) -> Case:
+    shape = (dims["tokens"], dims["width"])
+    out = poisoned(shape, dtype, device)
+    return Case((random(shape, dtype, rng, device) * 3, out), {}, {"out": out})
+
+
+def cost(dims: Dims, dtype: torch.dtype) -> Cost:
+    elements = dims["tokens"] * dims["width"]
+    return Cost(2 * elements * dtype.itemsize, 10 * elements)
+
+
+SPECS = [
+    KernelSpec(
+        "gelu", gelu, reference_gelu, torch_ops.gelu, make_inputs, cost,
+        small={"odd": dict(tokens=7, width=97), "tiles": dict(tokens=3, width=2500), "one": dict(tokens=1, width=1)},
+        production={"14B 704x384": dict(tokens=3168, width=13824)},
+    )
+]  # fmt: skip

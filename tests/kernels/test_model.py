@@ -1,0 +1,42 @@
+"""The whole transformer on the fused kernels: equal to the published tensors, and to the engine's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from liverelay.engine.golden import GoldenOptions, run
+from tests import regression
+from tests.compare import relative
+from tests.test_golden import check_transformer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transformer_on_fused_kernels_equals_the_published_one(
+    golden: Path, device: torch.device, dtype: torch.dtype
+) -> None:
+    folder = golden / "dit_tiny"
+    got = run("dit", folder, GoldenOptions(dtype=dtype, backend="triton", device=str(device)))
+    got = {name: tensor.cpu() for name, tensor in got.items()}
+    check_transformer(got, folder, "blocks", dtype, "out.")
+    check_transformer(got, folder, "blocks", dtype, "final_cache_")
+    check_transformer(got, folder, "sink", dtype, "cond_")
+
+
+def test_rollout_on_fused_kernels_equals_the_torch_backend(tmp_path: Path, device: torch.device) -> None:
+    regression.make_tpp(tmp_path, clips=1, blocks=2)
+    got = run("tpp", tmp_path, GoldenOptions(backend="triton", device=str(device)))
+    plain = run("tpp", tmp_path, GoldenOptions(backend="torch"))
+    for name, tensor in plain.items():
+        assert relative(got[name].cpu(), tensor) <= 2e-5, name
+
+
+def test_long_positions_on_fused_kernels(tmp_path: Path, device: torch.device) -> None:
+    regression.make_dit(tmp_path)
+    got = run("dit", tmp_path, GoldenOptions(backend="triton", device=str(device)))
+    kept = load_file(regression.DATA / "dit.safetensors")
+    for name, value in kept.items():
+        assert relative(regression.thin(got[name].cpu()), value) <= 2e-5, name
