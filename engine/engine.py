@@ -85,7 +85,7 @@ class Engine:
         source, config = files.open_dit(device)
         dit = DiT.load(source, config, device=device, dtype=dtype, backend=backend)
         tell("loading the VAE")
-        vae = VAE.load(open_pth(files.vae), device=device, dtype=dtype)
+        vae = VAE.load(open_pth(files.vae), device=device, dtype=dtype, backend=backend)
         tell("loading the audio encoder")
         audio = AudioEncoder.load(files.audio, device=device, dtype=dtype)
         if (audio.num_states, audio.width) != (config.audio_states, config.audio_dim):

@@ -13,7 +13,11 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = {"torch": "liverelay.kernels.torch_ops", "triton": "liverelay.kernels.triton_ops"}
+# name -> operators of the transformer, operators of the VAE
+BACKENDS = {
+    "torch": ("liverelay.kernels.torch_ops", "liverelay.kernels.vae_ops"),
+    "triton": ("liverelay.kernels.triton_ops", "liverelay.kernels.triton_vae_ops"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,22 @@ def available(name: str, device: torch.device) -> Availability:
     return Availability(name, False, f"no GPU: device {device.type} (TRITON_INTERPRET=1 runs the kernels for tests)")
 
 
-def get(name: str | None, device: torch.device) -> ModuleType:
-    """The backend called `name` (None: triton on a GPU that has it, else torch). ValueError says why it cannot be."""
+def choose(name: str | None, device: torch.device) -> str:
+    """`name`, or for None triton on a GPU that has it, else torch. ValueError says why a backend cannot be used."""
     if name is None:
-        name = "triton" if device.type == "cuda" and available("triton", device).works else "torch"
+        return "triton" if device.type == "cuda" and available("triton", device).works else "torch"
     found = available(name, device)
     if not found.works:
         raise ValueError(f"kernel backend '{name}' cannot be used: {found.reason}")
-    return importlib.import_module(BACKENDS[name])
+    return name
+
+
+def get(name: str | None, device: torch.device) -> ModuleType:
+    """The transformer's operators of a backend (see `choose`)."""
+    return importlib.import_module(BACKENDS[choose(name, device)][0])
+
+
+def get_vae(name: str | None, device: torch.device) -> ModuleType:
+    """The VAE's operators of a backend; on a CPU PyTorch's, because activations lie in another layout there."""
+    chosen = choose(name, device)
+    return importlib.import_module(BACKENDS["torch" if device.type == "cpu" else chosen][1])

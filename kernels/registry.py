@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from liverelay.kernels import attention, audio, feedforward, norm, rope
+from liverelay.kernels import attention, audio, feedforward, latent, norm, pixels, rope
 from liverelay.kernels.spec import KernelSpec
 
-KERNELS: list[KernelSpec] = [*norm.SPECS, *rope.SPECS, *feedforward.SPECS, *audio.SPECS, *attention.SPECS]
+KERNELS: list[KernelSpec] = [
+    *norm.SPECS, *rope.SPECS, *attention.SPECS, *audio.SPECS, *feedforward.SPECS, *latent.SPECS, *pixels.SPECS,
+]  # fmt: skip

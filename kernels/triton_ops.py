@@ -5,9 +5,10 @@ from __future__ import annotations
 from liverelay.kernels.attention import attention
 from liverelay.kernels.audio import audio_attention
 from liverelay.kernels.feedforward import gelu
+from liverelay.kernels.latent import embed, euler_step
 from liverelay.kernels.norm import residual_norm, rms_norm
 from liverelay.kernels.rope import qk_norm_rope
-from liverelay.kernels.torch_ops import embed, euler_step, linear, patches, unpatchify
+from liverelay.kernels.torch_ops import linear, patches, unpatchify
 
 __all__ = [
     "attention", "audio_attention", "embed", "euler_step", "gelu", "linear", "patches", "qk_norm_rope",

@@ -22,7 +22,34 @@ def vae_norm_silu(x: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
     return out.copy_(F.silu(vae_norm(x, gamma), inplace=True))
 
 
-def to_uint8(frames: Tensor) -> Tensor:
+def unit(frames: Tensor) -> Tensor:
+    """(clamp(x, -1, 1) + 1) / 2, a new tensor; NaN counts as -1."""
+    return frames.nan_to_num(nan=-1.0).clamp_(-1, 1).add_(1).div_(2)
+
+
+def to_uint8(frames: Tensor, out: Tensor | None = None) -> Tensor:
     """Packed RGB bytes, truncated: 255 * (clamp(x, -1, 1) + 1) / 2. frames [3, T, H, W] -> [T, H, W, 3] uint8."""
-    scaled = frames.clamp(-1, 1).add_(1).div_(2).mul_(255)
-    return scaled.permute(1, 2, 3, 0).to(torch.uint8, memory_format=torch.contiguous_format)
+    scaled = unit(frames).mul_(255).permute(1, 2, 3, 0)
+    return scaled.to(torch.uint8, memory_format=torch.contiguous_format) if out is None else out.copy_(scaled)
+
+
+def to_nv12(frames: Tensor, out: Tensor | None = None) -> Tensor:
+    """NV12 bytes, BT.709 limited range, rounded to nearest; chroma is that of the mean of 2x2 pixels.
+
+    frames [3, T, H, W], H and W even -> [T, H * 3/2, W] uint8: H rows of Y, then H/2 rows of interleaved Cb, Cr.
+    """
+    r, g, b = unit(frames.float())
+    luma = 0.2126 * r + 0.7152 * g + 0.0722 * b
+    mean_r, mean_g, mean_b = (_mean_2x2(part) for part in (r, g, b))
+    mean_luma = 0.2126 * mean_r + 0.7152 * mean_g + 0.0722 * mean_b
+    cb = (mean_b - mean_luma) * (224 / 1.8556) + 128
+    cr = (mean_r - mean_luma) * (224 / 1.5748) + 128
+    chroma = torch.stack((cb, cr), dim=-1).flatten(2)
+    scaled = torch.cat((luma * 219 + 16, chroma), dim=1).add_(0.5)
+    return scaled.to(torch.uint8) if out is None else out.copy_(scaled)
+
+
+def _mean_2x2(x: Tensor) -> Tensor:
+    """[T, H, W] -> [T, H/2, W/2]; rows are added first."""
+    columns = x[:, 0::2] + x[:, 1::2]
+    return (columns[..., 0::2] + columns[..., 1::2]) * 0.25

@@ -24,7 +24,7 @@ def run(folder: Path, options: GoldenOptions) -> dict[str, Tensor]:
     source = TensorSource([options.weights or folder / "weights.safetensors"])
     constants = {name: tuple(given(meta, name, where)) for name in ("latent_mean", "latent_std")}
     config = VAEConfig.from_shapes(source.shapes, **constants)
-    vae = VAE.load(source, config=config, device=options.device, dtype=options.dtype)
+    vae = VAE.load(source, config=config, device=options.device, dtype=options.dtype, backend=options.backend)
     inputs = read_tensors(inputs_file)
     video, z, image, blocks = (
         given(inputs, name, inputs_file).to(options.device, options.dtype)

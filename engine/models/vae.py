@@ -16,7 +16,7 @@ from liverelay.engine.errors import InputError
 from liverelay.engine.models.vae_config import VAEConfig, expected_shapes
 from liverelay.engine.models.vae_layers import FeatureCache, Layers
 from liverelay.engine.models.weights import check_shapes
-from liverelay.kernels import vae_ops
+from liverelay.kernels import dispatch
 
 CHUNK = 4  # video frames of a later latent
 STRIDE = 8  # pixels of a latent position
@@ -30,16 +30,22 @@ class VAE:
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], config: VAEConfig, *, device: torch.device, dtype: torch.dtype
+        self, weights: Mapping[str, Tensor], config: VAEConfig, *, device: torch.device, dtype: torch.dtype,
+        backend: str | None = None,
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
+        try:
+            self.ops = ops = dispatch.get_vae(backend, device)
+        except ValueError as error:
+            raise InputError(str(error)) from None
         # The encoder runs once a session and its error stays in the sink and in the primed decoder for the whole
         # stream: it keeps float32 activations (TF32 convolutions on a GPU), which halves the error of bfloat16.
         encoder = [key for key in weights if key.startswith(("encoder.", "conv1."))]
-        self._encoder = Layers(weights, encoder, device, values=dtype, operand=torch.float32, stream=torch.float32)
+        wide = torch.float32
+        self._encoder = Layers(weights, encoder, device, values=dtype, operand=wide, stream=wide, ops=ops)
         decoder = [key for key in weights if key.startswith(("decoder.", "conv2."))]
         stream = torch.float32 if device.type == "cpu" else dtype
-        self._decoder = Layers(weights, decoder, device, values=dtype, operand=dtype, stream=stream)
+        self._decoder = Layers(weights, decoder, device, values=dtype, operand=dtype, stream=stream, ops=ops)
         mean, std = (torch.tensor(part, device=device).to(dtype) for part in (config.latent_mean, config.latent_std))
         self._mean, self._inverse_std = (part.float().view(-1, 1, 1, 1) for part in (mean, 1.0 / std))
 
@@ -51,12 +57,13 @@ class VAE:
         config: VAEConfig | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
+        backend: str | None = None,
     ) -> VAE:
         """Build from the published state dict. CheckpointError names the first key or shape that does not fit."""
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         config = config or VAEConfig.from_shapes(shapes)
         check_shapes(shapes, expected_shapes(config), "the VAE checkpoint")
-        return cls(tensors, config, device=torch.device(device), dtype=dtype)
+        return cls(tensors, config, device=torch.device(device), dtype=dtype, backend=backend)
 
     # -- public ----------------------------------------------------------------------------------------------------
 
@@ -103,7 +110,8 @@ class VAE:
 
     def to_uint8(self, frames: Tensor) -> Tensor:
         """Frames [3, T, H, W] in [-1, 1] -> bytes [T, H, W, 3], truncated as published (spec section 7)."""
-        return vae_ops.to_uint8(frames)
+        result: Tensor = self.ops.to_uint8(frames)
+        return result
 
     # -- the two halves --------------------------------------------------------------------------------------------
 

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liverelay.kernels import vae_ops
-
 
 @dataclass
 class Conv:
@@ -51,15 +49,15 @@ class Layers:
     """Convolutions, norms and blocks of one half of the VAE.
 
     keys: those of `weights` that this half needs; values: dtype that all weights are rounded to; operand: dtype that
-    a convolution's inputs are rounded to; stream: dtype of everything between convolutions. A CPU convolves in
-    float32, which is the definition of a 16-bit convolution before its rounding.
+    a convolution's inputs are rounded to; stream: dtype of everything between convolutions; ops: operators of the
+    kernel backend. A CPU convolves in float32, which is the definition of a 16-bit convolution before its rounding.
     """
 
     def __init__(
         self, weights: Mapping[str, Tensor], keys: Iterable[str], device: torch.device, *, values: torch.dtype,
-        operand: torch.dtype, stream: torch.dtype,
+        operand: torch.dtype, stream: torch.dtype, ops: ModuleType,
     ) -> None:
-        self.ops: ModuleType = vae_ops
+        self.ops = ops
         self.device, self.operand, self.stream = device, operand, stream
         self._on_cpu = device.type == "cpu"
         self._compute = torch.float32 if self._on_cpu else operand
