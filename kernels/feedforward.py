@@ -1,4 +1,4 @@
-"""`gelu`: the activation between the two products of the feed-forward, in place.
+"""`gelu`: the activation between the two products of the feed-forward, in place; `gelu_quant`: the same to FP8 rows.
 
     out = R(gelu(x)),  gelu(x) = 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from liverelay.kernels import torch_ops
 from liverelay.kernels.launch import check, next_power_of_two, run
+from liverelay.kernels.quant import check_quantized, quantized_outputs, reference_rows, store_quantized
 from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, poisoned, random
 
 TILE = 2048
@@ -39,8 +40,35 @@ def gelu_kernel(
     tl.store(out + row * out_stride + offsets, gelu_tanh(value).to(out.dtype.element_ty), mask=mask)
 
 
-def gelu(x: Tensor, out: Tensor) -> Tensor:
-    """Tanh GELU of [T, n]; out may be x."""
+@triton.jit
+def gelu_quant_kernel(
+    x, out, scale_out, x_stride, out_stride, tokens, WIDTH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    offsets = tl.arange(0, TILE)[None, :]
+    mask = (row < tokens) & (offsets < WIDTH)
+    value = gelu_tanh(tl.load(x + row * x_stride + offsets, mask=mask, other=0.0).to(tl.float32))
+    store_quantized(value, mask, out, scale_out, row, row * out_stride + offsets)
+
+
+def gelu_quant(x: Tensor, out: Tensor, scale_out: Tensor) -> Tensor:
+    """Tanh GELU of [T, n] to e4m3 rows with their scales, one pass: a whole row stays in registers."""
+    tokens, width = x.shape
+    check("gelu_quant", {"x": (x, (tokens, width))})
+    check_quantized("gelu_quant", out, scale_out, (tokens, width))
+    tile = next_power_of_two(width)
+    rows = max(1, min(64, 8192 // tile))
+    run(
+        gelu_quant_kernel, triton.cdiv(tokens, rows), x, out, scale_out, x.stride(0), out.stride(0), tokens,
+        WIDTH=width, TILE=tile, ROWS=rows, num_warps=min(16, max(1, rows * tile // 1024)), num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def gelu(x: Tensor, out: Tensor, scale_out: Tensor | None = None) -> Tensor:
+    """Tanh GELU of [T, n]; out may be x; with scale_out [T] out is e4m3."""
+    if scale_out is not None:
+        return gelu_quant(x, out, scale_out)
     tokens, width = x.shape
     check("gelu", {"x": (x, (tokens, width)), "out": (out, (tokens, width))})
     tile = min(TILE, next_power_of_two(width))
@@ -52,8 +80,10 @@ def gelu(x: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def reference_gelu(x: Tensor, out: Tensor) -> dict[str, Tensor]:
-    return {"out": torch.nn.functional.gelu(x.double(), approximate="tanh")}
+def reference_gelu(x: Tensor, out: Tensor, scale_out: Tensor | None = None) -> dict[str, Tensor]:
+    """Float64, no rounding."""
+    exact = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    return {"out": exact} if scale_out is None else reference_rows(exact)
 
 
 def make_inputs(dims: Dims, dtype: torch.dtype, rng: torch.Generator, device: torch.device) -> Case:
@@ -62,15 +92,28 @@ def make_inputs(dims: Dims, dtype: torch.dtype, rng: torch.Generator, device: to
     return Case((random(shape, dtype, rng, device) * 3, out), {}, {"out": out})
 
 
+def make_quantized(dims: Dims, dtype: torch.dtype, rng: torch.Generator, device: torch.device) -> Case:
+    shape = (dims["tokens"], dims["width"])
+    outputs = quantized_outputs(shape, device)
+    return Case((random(shape, dtype, rng, device) * 3, outputs["out"], outputs["scale"]), {}, outputs)
+
+
 def cost(dims: Dims, dtype: torch.dtype) -> Cost:
     elements = dims["tokens"] * dims["width"]
     return Cost(2 * elements * dtype.itemsize, 10 * elements)
 
 
+def cost_quantized(dims: Dims, dtype: torch.dtype) -> Cost:
+    elements = dims["tokens"] * dims["width"]
+    return Cost(elements * (dtype.itemsize + 1), 13 * elements)
+
+
+SMALL = {"odd": dict(tokens=7, width=97), "tiles": dict(tokens=3, width=2500), "one": dict(tokens=1, width=1)}
+PRODUCTION = {"14B 704x384": dict(tokens=3168, width=13824)}
 SPECS = [
+    KernelSpec("gelu", gelu, reference_gelu, torch_ops.gelu, make_inputs, cost, SMALL, PRODUCTION),
     KernelSpec(
-        "gelu", gelu, reference_gelu, torch_ops.gelu, make_inputs, cost,
-        small={"odd": dict(tokens=7, width=97), "tiles": dict(tokens=3, width=2500), "one": dict(tokens=1, width=1)},
-        production={"14B 704x384": dict(tokens=3168, width=13824)},
-    )
+        "gelu_quant", gelu_quant, reference_gelu, torch_ops.gelu, make_quantized, cost_quantized, SMALL, PRODUCTION,
+        min_arch=89,
+    ),
 ]  # fmt: skip

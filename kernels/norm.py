@@ -15,7 +15,7 @@ between them (8 instead of 12 for each element and norm), and gives the same num
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -25,6 +25,7 @@ from torch import Tensor
 from liverelay.kernels import torch_ops
 from liverelay.kernels.contract import Norm, Update
 from liverelay.kernels.launch import check, next_power_of_two, refuse, run
+from liverelay.kernels.quant import check_quantized, quantized_outputs, reference_rows, store_quantized
 from liverelay.kernels.spec import Case, Cost, CostOf, Dims, KernelSpec, MakeCase, poisoned, random
 
 MAX_UPDATES = 3
@@ -44,10 +45,11 @@ def add_update(total, y, gate, row, y_stride, offsets, mask, HAS: tl.constexpr, 
 @triton.jit
 def residual_norm_kernel(
     x, y0, y1, y2, gate0, gate1, gate2, scale, shift, out, x_out,
-    x_stride, y0_stride, y1_stride, y2_stride, out_stride, x_out_stride, group_rows, group_stride, tokens, eps,
+    scale_out, x_stride, y0_stride, y1_stride, y2_stride, out_stride, x_out_stride, group_rows, group_stride, tokens,
+    eps,
     WIDTH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, UPDATES: tl.constexpr, GATED0: tl.constexpr,
     GATED1: tl.constexpr, GATED2: tl.constexpr, GROUPED: tl.constexpr, PLUS_ONE: tl.constexpr,
-    ROUND_INPUT: tl.constexpr, ROUND_NORM: tl.constexpr, HAS_X_OUT: tl.constexpr,
+    ROUND_INPUT: tl.constexpr, ROUND_NORM: tl.constexpr, HAS_X_OUT: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     offsets = tl.arange(0, TILE)[None, :]
@@ -75,7 +77,10 @@ def residual_norm_kernel(
     if PLUS_ONE:
         a = (a.to(tl.float32) + 1.0).to(a.dtype)
     result = normed * a.to(tl.float32) + b.to(tl.float32)
-    tl.store(out + row * out_stride + offsets, result.to(out.dtype.element_ty), mask=mask)
+    if QUANTIZE:
+        store_quantized(result, mask, out, scale_out, row, row * out_stride + offsets)
+    else:
+        tl.store(out + row * out_stride + offsets, result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -105,9 +110,10 @@ def tiling(width: int) -> dict[str, int]:
 
 
 def residual_norm(
-    x: Tensor, updates: Sequence[Update], norm: Norm, out: Tensor, *, eps: float, x_out: Tensor | None = None
+    x: Tensor, updates: Sequence[Update], norm: Norm, out: Tensor, *, eps: float, x_out: Tensor | None = None,
+    scale_out: Tensor | None = None,
 ) -> Tensor:
-    """Gated residuals, LayerNorm and modulation of [T, D] rows in one pass."""
+    """Gated residuals, LayerNorm, modulation and, with scale_out [T], FP8 quantisation of [T, D] rows in one pass."""
     tokens, width = x.shape
     name, groups = "residual_norm", norm.scale.shape[0] if norm.scale.dim() == 2 else 1
     modulation: tuple[int, ...] = (groups, width) if norm.scale.dim() == 2 else (width,)
@@ -118,6 +124,8 @@ def residual_norm(
     if x_out is not None:
         tensors["x_out"] = (x_out, (tokens, width))
     check(name, tensors)
+    if scale_out is not None:
+        check_quantized(name, out, scale_out, (tokens, width))
     if len(updates) > MAX_UPDATES or tokens % groups:
         refuse(name, f"{len(updates)} updates (at most {MAX_UPDATES}), {tokens} tokens in {groups} groups")
     ys = [y for y, _ in updates] + [x] * (MAX_UPDATES - len(updates))
@@ -127,12 +135,12 @@ def residual_norm(
     run(
         residual_norm_kernel, triton.cdiv(tokens, tiles["ROWS"]), x, *ys,
         *(norm.scale if gate is None else gate for gate in gates),
-        norm.scale, norm.shift, out, target,
+        norm.scale, norm.shift, out, target, x if scale_out is None else scale_out,
         x.stride(0), *(y.stride(0) for y in ys), out.stride(0), target.stride(0),
         tokens // groups, norm.scale.stride(0), tokens, eps,
         UPDATES=len(updates), GATED0=gates[0] is not None, GATED1=gates[1] is not None, GATED2=gates[2] is not None,
         GROUPED=groups > 1, PLUS_ONE=norm.plus_one, ROUND_INPUT=norm.round_input, ROUND_NORM=norm.round_norm,
-        HAS_X_OUT=x_out is not None, **tiles,
+        HAS_X_OUT=x_out is not None, QUANTIZE=scale_out is not None, **tiles,
     )  # fmt: skip
     return out
 
@@ -151,7 +159,8 @@ def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> Tensor:
 
 
 def reference_residual_norm(
-    x: Tensor, updates: Sequence[Update], norm: Norm, out: Tensor, *, eps: float, x_out: Tensor | None = None
+    x: Tensor, updates: Sequence[Update], norm: Norm, out: Tensor, *, eps: float, x_out: Tensor | None = None,
+    scale_out: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Float64, no rounding."""
     total = x.double()
@@ -161,7 +170,8 @@ def reference_residual_norm(
     if scale.dim() == 2:
         scale, shift = (part.repeat_interleave(x.shape[0] // scale.shape[0], dim=0) for part in (scale, shift))
     normed = torch.nn.functional.layer_norm(total, total.shape[-1:], eps=eps)
-    exact = {"out": normed * (1 + scale if norm.plus_one else scale) + shift}
+    result = normed * (1 + scale if norm.plus_one else scale) + shift
+    exact = {"out": result} if scale_out is None else reference_rows(result)
     return exact | ({} if x_out is None else {"x_out": total})
 
 
@@ -171,7 +181,7 @@ def reference_rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) ->
     return {"out": wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.double()}
 
 
-def make_residual_norm(updates: int, kind: str) -> MakeCase:
+def make_residual_norm(updates: int, kind: str, quantize: bool) -> MakeCase:
     """Input maker of a variant; kind: modulate, affine or audio, as in the layers of the model."""
 
     def make(dims: Dims, dtype: torch.dtype, rng: torch.Generator, device: torch.device) -> Case:
@@ -189,19 +199,23 @@ def make_residual_norm(updates: int, kind: str) -> MakeCase:
             scale, shift, plus_one=kind != "affine", round_input=kind == "affine" or writes_x,
             round_norm=kind == "modulate" and updates != 2,
         )
-        kwargs = {"eps": 1e-5 if kind == "audio" else 1e-6} | ({"x_out": x_out} if writes_x else {})
+        kwargs: dict[str, Any] = {"eps": 1e-5 if kind == "audio" else 1e-6} | ({"x_out": x_out} if writes_x else {})
         outputs = {"out": out} | ({"x_out": x_out} if writes_x else {})
-        return Case((x, ys, norm, out), kwargs, outputs)
+        if quantize:
+            outputs |= quantized_outputs(shape, device)
+            kwargs["scale_out"] = outputs["scale"]
+        return Case((x, ys, norm, outputs["out"]), kwargs, outputs)
 
     return make
 
 
-def cost_residual_norm(updates: int, writes: int) -> CostOf:
+def cost_residual_norm(updates: int, writes: int, quantize: bool) -> CostOf:
     """Bytes and operations of a variant."""
 
     def cost(dims: Dims, dtype: torch.dtype) -> Cost:
         elements = dims["tokens"] * dims["width"]
-        return Cost(elements * (1 + updates + writes) * dtype.itemsize, elements * (8 + 2 * updates))
+        saved = (dtype.itemsize - 1) if quantize else 0
+        return Cost(elements * ((1 + updates + writes) * dtype.itemsize - saved), elements * (8 + 2 * updates))
 
     return cost
 
@@ -227,31 +241,27 @@ SMALL = {
 PRODUCTION = {"14B 704x384": {"tokens": 3168, "width": 5120, "frames": 3}}
 
 
-@dataclass(frozen=True)
-class _Variant:
-    name: str
-    updates: int
-    kind: str
-    writes: int
+def _row(name: str, updates: int, kind: str, writes: int, quantize: bool = False) -> KernelSpec:
+    return KernelSpec(
+        name + ("_quant" if quantize else ""), residual_norm, reference_residual_norm, torch_ops.residual_norm,
+        make_residual_norm(updates, kind, quantize), cost_residual_norm(updates, writes, quantize), SMALL, PRODUCTION,
+        rounds=3, min_arch=89 if quantize else 80,
+    )  # fmt: skip
 
 
-_VARIANTS = (
-    _Variant("norm_modulate", 0, "modulate", 1),
-    _Variant("gate_norm_affine", 1, "affine", 1),
-    _Variant("residual2_norm_modulate", 2, "modulate", 1),
-    _Variant("residual3_norm_modulate", 3, "modulate", 2),
-    _Variant("residual3_norm_audio", 3, "audio", 2),
-    _Variant("residual_norm_modulate", 1, "modulate", 2),
-)
 SPECS = [
-    KernelSpec(
-        v.name, residual_norm, reference_residual_norm, torch_ops.residual_norm, make_residual_norm(v.updates, v.kind),
-        cost_residual_norm(v.updates, v.writes), SMALL, PRODUCTION, rounds=3,
-    )
-    for v in _VARIANTS
-] + [
+    _row("norm_modulate", 0, "modulate", 1),
+    _row("gate_norm_affine", 1, "affine", 1),
+    _row("residual2_norm_modulate", 2, "modulate", 1),
+    _row("residual3_norm_modulate", 3, "modulate", 2),
+    _row("residual3_norm_audio", 3, "audio", 2),
+    _row("residual_norm_modulate", 1, "modulate", 2),
+    _row("gate_norm_affine", 1, "affine", 1, quantize=True),
+    _row("residual2_norm_modulate", 2, "modulate", 1, quantize=True),
+    _row("residual3_norm_modulate", 3, "modulate", 2, quantize=True),
+    _row("residual3_norm_audio", 3, "audio", 2, quantize=True),
     KernelSpec(
         "rms_norm", rms_norm, reference_rms_norm, torch_ops.rms_norm, make_rms_norm, cost_rms_norm, SMALL, PRODUCTION,
         rounds=2,
-    )
+    ),
 ]  # fmt: skip

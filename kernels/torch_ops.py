@@ -23,12 +23,36 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
+def quantize_rows(x: Tensor, out: Tensor, scale_out: Tensor) -> Tensor:
+    """Each row of x [T, n] to e4m3 codes out [T, n] and its scale [T]: the largest value becomes 448."""
+    wide = x.float()
+    amax = wide.abs().amax(dim=1).clamp_min(1e-30)
+    scale_out.copy_(amax / 448)
+    return out.copy_((wide * (448 / amax).unsqueeze(1)).clamp_(-448, 448))
+
+
+def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+    """out = R(x_scale * weight_scale * (x @ weight^T) + bias): x [T, in] and weight [n, in] e4m3, scales [T] and [n].
+
+    On a GPU the sum is the tensor cores' fast accumulation, as published; elsewhere it is float32.
+    """
+    if x.is_cuda:
+        return torch._scaled_mm(
+            x, weight.t(), scale_a=x_scale.unsqueeze(1), scale_b=weight_scale.unsqueeze(0), bias=bias,
+            out_dtype=out.dtype, use_fast_accum=True, out=out,
+        )  # fmt: skip
+    product = x.float() @ weight.float().t()
+    return out.copy_(product * x_scale.unsqueeze(1) * weight_scale + bias.float())
+
+
 def residual_norm(
-    x: Tensor, updates: Sequence[Update], norm: Norm, out: Tensor, *, eps: float, x_out: Tensor | None = None
+    x: Tensor, updates: Sequence[Update], norm: Norm, out: Tensor, *, eps: float, x_out: Tensor | None = None,
+    scale_out: Tensor | None = None,
 ) -> Tensor:
     """Gated residuals, LayerNorm and modulation: s = x + sum(y * gate); x_out = R(s); out = R(LN(s) * a + b).
 
-    x, y, out, x_out [T, D]; x_out may be x; out of the working dtype or float32 (the head's input). See `Norm`.
+    x, y, out, x_out [T, D]; x_out may be x; out of the working dtype or float32 (the head's input); with scale_out
+    [T] it is e4m3, quantised row by row. See `Norm`.
     """
     total = x.float()
     for y, gate in updates:
@@ -42,9 +66,11 @@ def residual_norm(
         normed = normed.to(x.dtype).float()
     factor = (1 + norm.scale if norm.plus_one else norm.scale).float()
     if factor.dim() == 1:
-        return out.copy_(normed.mul_(factor).add_(norm.shift))
-    spread = normed.unflatten(0, (factor.shape[0], -1))
-    return out.copy_(spread.mul_(factor.unsqueeze(1)).add_(norm.shift.float().unsqueeze(1)).flatten(0, 1))
+        result = normed.mul_(factor).add_(norm.shift)
+    else:
+        spread = normed.unflatten(0, (factor.shape[0], -1))
+        result = spread.mul_(factor.unsqueeze(1)).add_(norm.shift.float().unsqueeze(1)).flatten(0, 1)
+    return out.copy_(result) if scale_out is None else quantize_rows(result, out, scale_out)
 
 
 def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> Tensor:
@@ -109,8 +135,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None 
     return out.copy_(attended.squeeze(0).transpose(0, 1))
 
 
-def gelu(x: Tensor, out: Tensor) -> Tensor:
-    """out = R(gelu(x)), tanh form. x, out [T, n]; out may be x."""
+def gelu(x: Tensor, out: Tensor, scale_out: Tensor | None = None) -> Tensor:
+    """out = R(gelu(x)), tanh form. x, out [T, n]; out may be x; with scale_out [T] out is e4m3."""
+    if scale_out is not None:
+        return quantize_rows(F.gelu(x.float(), approximate="tanh"), out, scale_out)
     return out.copy_(F.gelu(x, approximate="tanh"))
 
 

@@ -27,12 +27,12 @@ def outputs(case: Case) -> dict[str, Tensor]:
 
 def compare(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
     """At most twice the error of unfused PyTorch in the same dtype, and on average no more than it (plus rounding)."""
-    assert got.shape == exact.shape and got.isfinite().all(), name
-    error, eager = (torch.as_tensor(part).double() - exact for part in (got, plain))
+    assert got.shape == exact.shape and got.float().isfinite().all(), name
+    error, eager = (part.double() - exact for part in (got, plain))
     if not got.dtype.is_floating_point:
         assert error.abs().max() <= eager.abs().max() + 1e-9, name
         return
-    eps = torch.finfo(got.dtype).eps
+    eps = min(torch.finfo(got.dtype).eps, 2**-8)  # e4m3's own step is in the eager error already
     scale = float(exact.abs().max())
     assert float(error.abs().max()) <= 2 * float(eager.abs().max()) + eps * scale, name
     wide = 1.5 if got.dtype == torch.float32 else 1.1

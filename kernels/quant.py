@@ -1,0 +1,100 @@
+"""FP8 (e4m3): rows quantised to their own largest value; `quantize_rows` for what no other kernel could quantise.
+
+    scale_t = max(max_i |x_ti|, tiny) / 448,   q_ti = e4m3(clamp(x_ti / scale_t, -448, 448))
+
+x [T, n] of the working dtype, q [T, n] e4m3, scale [T] float32. A row of zeros gives zeros; denormal and huge rows
+neither overflow nor divide by zero. Bytes: T n (element size + 1); FLOPs: 3 for each element. Kernels that produce
+an FP8 product's input (`residual_norm`, `gelu_quant`) do the same in their own pass through `store_quantized`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from liverelay.kernels import torch_ops
+from liverelay.kernels.launch import check, next_power_of_two, refuse, run
+from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, poisoned, random
+
+FP8 = torch.float8_e4m3fn
+
+
+@triton.jit
+def store_quantized(result, mask, out, scale_out, row, places):
+    """Quantise a tile of whole rows in float32: codes to out + places, one scale a row to scale_out + row."""
+    amax = tl.max(tl.where(mask, tl.abs(result), 0.0), axis=1)[:, None]
+    amax = tl.maximum(amax, 1e-30)
+    code = tl.minimum(tl.maximum(result * (448.0 / amax), -448.0), 448.0)
+    tl.store(out + places, code.to(out.dtype.element_ty), mask=mask)
+    tl.store(scale_out + row, amax / 448.0, mask=tl.max(mask.to(tl.int32), axis=1)[:, None] > 0)
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x, out, scale_out, x_stride, out_stride, tokens, WIDTH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    offsets = tl.arange(0, TILE)[None, :]
+    mask = (row < tokens) & (offsets < WIDTH)
+    value = tl.load(x + row * x_stride + offsets, mask=mask, other=0.0).to(tl.float32)
+    store_quantized(value, mask, out, scale_out, row, row * out_stride + offsets)
+
+
+def check_quantized(name: str, out: Tensor, scale: Tensor, shape: tuple[int, int]) -> None:
+    """out is e4m3 [T, n], scale float32 [T]."""
+    check(name, {"out": (out, shape), "scale_out": (scale, shape[:1])})
+    if out.dtype != FP8 or scale.dtype != torch.float32:
+        refuse(name, f"out is {out.dtype} and scale_out {scale.dtype}, expected float8_e4m3fn and float32")
+
+
+def quantize_rows(x: Tensor, out: Tensor, scale_out: Tensor) -> Tensor:
+    """Rows of [T, n] to e4m3, each with its own scale."""
+    tokens, width = x.shape
+    check("quantize_rows", {"x": (x, (tokens, width)), "out": (out, (tokens, width))})
+    check_quantized("quantize_rows", out, scale_out, (tokens, width))
+    tile = next_power_of_two(width)
+    rows = max(1, min(64, 8192 // tile))
+    run(
+        quantize_rows_kernel, triton.cdiv(tokens, rows), x, out, scale_out, x.stride(0), out.stride(0), tokens,
+        WIDTH=width, TILE=tile, ROWS=rows, num_warps=min(16, max(1, rows * tile // 1024)), num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+# -- reference, inputs, cost ------------------------------------------------------------------------------------------
+
+
+def reference_rows(value: Tensor) -> dict[str, Tensor]:
+    """Codes before rounding and scales of float64 rows."""
+    amax = value.abs().amax(dim=1).clamp_min(1e-30)
+    return {"out": value * (448 / amax).unsqueeze(1), "scale": amax / 448}
+
+
+def reference_quantize_rows(x: Tensor, out: Tensor, scale_out: Tensor) -> dict[str, Tensor]:
+    return reference_rows(x.double())
+
+
+def quantized_outputs(shape: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+    return {"out": poisoned(shape, FP8, device), "scale": poisoned(shape[:1], torch.float32, device)}
+
+
+def make_inputs(dims: Dims, dtype: torch.dtype, rng: torch.Generator, device: torch.device) -> Case:
+    shape = (dims["tokens"], dims["width"])
+    outputs = quantized_outputs(shape, device)
+    return Case((random(shape, dtype, rng, device), outputs["out"], outputs["scale"]), {}, outputs)
+
+
+def cost(dims: Dims, dtype: torch.dtype) -> Cost:
+    elements = dims["tokens"] * dims["width"]
+    return Cost(elements * (dtype.itemsize + 1), 3 * elements)
+
+
+SPECS = [
+    KernelSpec(
+        "quantize_rows", quantize_rows, reference_quantize_rows, torch_ops.quantize_rows, make_inputs, cost,
+        small={"odd": dict(tokens=9, width=97), "one": dict(tokens=1, width=16), "wide": dict(tokens=2, width=5120)},
+        production={"14B 704x384": dict(tokens=3168, width=5120)}, min_arch=89,
+    )
+]  # fmt: skip
