@@ -26,7 +26,6 @@ EXTRAS = {
     "text": ["ftfy>=6.1", "regex", "sentencepiece", "tokenizers"],
     "media": ["av>=13", "Pillow>=10"],
     "triton": ['triton>=3.4; platform_system == "Linux"'],
-    "cli": ["rich>=13"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 # The kernels are proven with the Triton that GPU machines have today; register counts differ between versions.

@@ -107,7 +107,8 @@ def _find_lora(base: Path, lora: Path | str | None) -> Path | None:
             return None
         path = Path(lora)
         if not path.is_file():
-            raise CheckpointError(f"the LoRA file {path} is missing; give an existing file, or 'none'")
+            fault = "is not a file" if path.exists() else "is missing"
+            raise CheckpointError(f"the LoRA file {path} {fault}; give an existing file, or 'none'")
         return path
     for parent in (base, base.parent):
         for name in LORA_FOLDERS:

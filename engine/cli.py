@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from liverelay.engine.config import set_process_defaults
-from liverelay.engine.errors import LiveRelayError
+from liverelay.engine.errors import InputError, LiveRelayError
 from liverelay.engine.version import __version__
 
 INTERRUPTED = 130
@@ -59,7 +60,7 @@ def _explain(error: BaseException) -> str | None:
 def _generate(a: argparse.Namespace) -> int:
     from liverelay.engine.config import StreamConfig
     from liverelay.engine.engine import Engine
-    from liverelay.engine.generate import GenerateOptions, check_outputs, generate
+    from liverelay.engine.generate import GenerateOptions, check_outputs, generate, read_inputs
     from liverelay.engine.golden import DTYPES
 
     _set_threads(a.threads)
@@ -68,11 +69,12 @@ def _generate(a: argparse.Namespace) -> int:
         seconds=a.seconds, live=a.live, contact_sheet=a.contact_sheet,
     )
     check_outputs(options)
+    inputs = read_inputs(options)
     engine = Engine.load(
         a.checkpoint, lora=a.lora, device=a.device, dtype=DTYPES[a.dtype] if a.dtype else None, backend=a.backend,
-        stream=StreamConfig(relative_distance=a.relative_distance), say=lambda line: print(line, file=sys.stderr),
+        stream=StreamConfig(relative_distance=a.relative_distance), say=_say,
     )
-    result = generate(engine, options)
+    result = generate(engine, options, inputs)
     print(result.path)
     return INTERRUPTED if result.interrupted else 0
 
@@ -109,10 +111,18 @@ def _golden(a: argparse.Namespace) -> int:
     return 0
 
 
+def _say(line: str) -> None:
+    if sys.stderr is not None:  # closed by the caller; print would take standard output instead
+        print(line, file=sys.stderr)
+
+
 def _set_threads(threads: int | None) -> None:
     if threads is not None:
         import torch
 
+        most = 4 * (os.cpu_count() or 1)
+        if threads > most:
+            raise InputError(f"{threads} threads are too many for this machine; at most {most}")
         torch.set_num_threads(threads)
 
 

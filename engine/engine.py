@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from liverelay.engine.checkpoint import CheckpointFiles, find_checkpoint
 from liverelay.engine.config import DEFAULT_MAX_SIZE, StreamConfig
+from liverelay.engine.devices import check_device, default_device, default_dtype
 from liverelay.engine.errors import CheckpointError, InputError
 from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
@@ -29,27 +31,21 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_AREA = DEFAULT_MAX_SIZE[0] * DEFAULT_MAX_SIZE[1]
 VAE_STRIDE = 8
+KEPT_LINES = 2
+LONGEST_SIDE = 8192
 Say = Callable[[str], None]
-
-
-def default_device() -> str:
-    """The first GPU where there is one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def default_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16, the published precision; on a CPU float32, which is faster there and at least as exact."""
-    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 class Engine:
     """Models of one checkpoint on one device. Sessions run in turn; each resolution has one line of stages.
 
-    Make one with `Engine.load`, open sessions with `open`.
+    Make one with `Engine.load`, open sessions with `open`. Sessions may be used from several threads: `lock` lets one
+    of them compute at a time, because they share the line's buffers.
     """
 
     def __init__(self, files: CheckpointFiles, dit: DiT, vae: VAE, audio: AudioEncoder, stream: StreamConfig) -> None:
         self.files, self.dit, self.vae, self.audio, self.stream = files, dit, vae, audio, stream
+        self.lock = threading.RLock()
         self._lines: dict[Geometry, StageLine] = {}
         self._texts: dict[str, TextCondition] = {}
 
@@ -76,7 +72,7 @@ class Engine:
         if missing:
             more = f" (and {len(missing) - 1} more parts; see liverelay inspect)" if len(missing) > 1 else ""
             raise CheckpointError(f"{missing[0]} is missing{more}")
-        device = _check_device(device or default_device())
+        device = check_device(device or default_device())
         dtype = dtype or default_dtype(device)
         if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"the engine computes in float32 or bfloat16, not {str(dtype).removeprefix('torch.')}")
@@ -116,25 +112,30 @@ class Engine:
         """
         from liverelay.engine.session import Session, as_waveform
 
+        if type(seed) is not int or type(session_id) is not int or not isinstance(prompt, str):
+            raise InputError("seed and session_id must be whole numbers, the prompt a text")
         waveform = None if audio is None else as_waveform(audio)
         picture = as_image(image)
-        height, width = _pick_size(picture.size, size, max_area)
+        height, width = pick_size(picture.size, size, max_area)
         pixels = prepare_image(picture, (height, width)).to(self.dit.device, self.dit.dtype)
-        text = self.encode_text(prompt)
-        # The first chunk of the encoder is the single frame, so the reference is the first motion latent.
-        motion = self.vae.encode(pixels.unsqueeze(1).expand(-1, self.stream.motion_pixel_frames, -1, -1))
-        line = self.line(height // VAE_STRIDE, width // VAE_STRIDE)
-        rollout = Rollout(line, text, motion[:, :1], motion)
-        return Session(self, rollout, motion, waveform=waveform, seed=seed, session_id=session_id, live=live)
+        with self.lock:
+            text = self.encode_text(prompt)
+            # The first chunk of the encoder is the single frame, so the reference is the first motion latent.
+            motion = self.vae.encode(pixels.unsqueeze(1).expand(-1, self.stream.motion_pixel_frames, -1, -1))
+            line = self.line(height // VAE_STRIDE, width // VAE_STRIDE)
+            rollout = Rollout(line, text, motion[:, :1], motion)
+            return Session(self, rollout, motion, waveform=waveform, seed=seed, session_id=session_id, live=live)
 
     def line(self, latent_h: int, latent_w: int) -> StageLine:
         """The stages of one resolution, made when first asked for."""
         geometry = Geometry(
             latent_h, latent_w, self.dit.config.head_dim, self.stream.frames_per_block, self.stream.ring_frames
         )
-        if geometry not in self._lines:
-            self._lines[geometry] = StageLine(self.dit, geometry, self.stream)
-        return self._lines[geometry]
+        found = self._lines.pop(geometry, None) or StageLine(self.dit, geometry, self.stream)
+        self._lines[geometry] = found  # the latest last
+        while len(self._lines) > KEPT_LINES:  # a line's buffers are some hundred MB at 14B; open sessions keep theirs
+            del self._lines[next(iter(self._lines))]
+        return found
 
     def encode_text(self, prompt: str) -> TextCondition:
         """Keys and values of a prompt for all layers; the text encoder (11 GB) is in memory only meanwhile."""
@@ -157,28 +158,22 @@ class Engine:
         return states
 
 
-def _check_device(device: str) -> str:
-    try:
-        kind = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"'{device}' is not a device; give cpu, cuda or cuda:N") from None
-    if kind.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device} was asked for, but PyTorch sees no GPU here; give --device cpu")
-    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {device} was asked for, but there are only {torch.cuda.device_count()} GPUs")
-    if kind.type not in ("cpu", "cuda"):
-        raise InputError(f"device {device} is not supported; give cpu, cuda or cuda:N")
-    return device
-
-
-def _pick_size(picture: tuple[int, int], size: tuple[int, int] | None, max_area: int) -> tuple[int, int]:
-    """(height, width) of the video from (width, height) of the picture and what was asked for."""
+def pick_size(picture: tuple[int, int], size: tuple[int, int] | None, max_area: int) -> tuple[int, int]:
+    """(height, width) of the video from (width, height) of the picture and what was asked for; InputError else."""
     if size is None:
         if max_area < 64 * 64:
             raise InputError(f"an area of {max_area} pixels is too small; the smallest video is 64x64")
-        return choose_size(picture[1], picture[0], max_area)
+        height, width = choose_size(picture[1], picture[0], min(max_area, LONGEST_SIDE**2))
+        if max(height, width) > LONGEST_SIDE:
+            raise InputError(f"a picture of {picture[0]}x{picture[1]} gives a video of {width}x{height}; cut it first")
+        return height, width
+    if len(size) != 2 or not all(type(side) is int for side in size):
+        raise InputError(f"a size is (width, height) in whole pixels, not {size!r}")
     width, height = size
-    if width < 64 or height < 64 or width % 64 or height % 64:
-        near = [max(64, round(side / 64) * 64) for side in (width, height)]
-        raise InputError(f"a size of {width}x{height} is not made of multiples of 64; {near[0]}x{near[1]} is near")
+    if width < 64 or height < 64 or width % 64 or height % 64 or max(size) > LONGEST_SIDE:
+        near = [min(LONGEST_SIDE, max(64, round(side / 64) * 64)) for side in (width, height)]
+        raise InputError(
+            f"a size of {width}x{height} is not made of multiples of 64 up to {LONGEST_SIDE}; "
+            f"{near[0]}x{near[1]} is near"
+        )
     return height, width

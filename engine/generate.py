@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from liverelay.engine.engine import DEFAULT_MAX_AREA, Engine
+from liverelay.engine.engine import DEFAULT_MAX_AREA, Engine, pick_size
 from liverelay.engine.errors import OutputError
-from liverelay.engine.media import ContactSheet, VideoWriter, check_writable
+from liverelay.engine.media import ContactSheet, VideoWriter, check_writable, container_of, picture_format
 from liverelay.engine.models.audio import SAMPLE_RATE, read_audio, resample
+from liverelay.engine.models.image import as_image, prepare_image
 from liverelay.engine.progress import Progress, uninterrupted
 from liverelay.engine.session import Chunk, Samples, Session
 
@@ -41,31 +43,55 @@ class GenerateResult:
     interrupted: bool
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a user's files hold: sound [n, channels] with its rate, and the picture."""
+
+    sound: Samples
+    rate: int
+    picture: Any
+
+
 def check_outputs(options: GenerateOptions) -> None:
-    """OutputError before any long work starts when a result could not be written in the end."""
+    """An error before any long work starts when a result could not be written in the end, or over an input."""
+    container_of(options.out)
     check_writable(options.out)
+    outputs = {"video": options.out}
     if options.contact_sheet is not None:
+        picture_format(options.contact_sheet)
         check_writable(options.contact_sheet)
         if options.contact_sheet.resolve() == options.out.resolve():
             raise OutputError(f"the contact sheet and the video are the same file, {options.out}")
+        outputs["contact sheet"] = options.contact_sheet
+    for what, path in outputs.items():
+        if path.resolve() in (options.image.resolve(), options.audio.resolve()):
+            raise OutputError(f"the {what} would overwrite the input {path}; give another name")
 
 
-def generate(engine: Engine, options: GenerateOptions) -> GenerateResult:
+def read_inputs(options: GenerateOptions) -> Inputs:
+    """The user's files; InputError for what cannot be used, the size included, before a model is loaded."""
+    sound, rate = read_audio(options.audio)
+    if options.seconds is not None:
+        sound = sound[: max(1, round(options.seconds * rate))]
+    picture = as_image(options.image)
+    prepare_image(picture, pick_size(picture.size, options.size, options.max_area))
+    return Inputs(sound, rate, picture)
+
+
+def generate(engine: Engine, options: GenerateOptions, inputs: Inputs | None = None) -> GenerateResult:
     """Write the video with its sound; on KeyboardInterrupt what is done becomes a playable file.
 
     The sound file's own samples go into the video; the model hears them at 16 kHz. `seconds` cuts the sound first.
     A video that has the name already is replaced by a finished one only: one that was cut short gets another name.
     """
     check_outputs(options)
-    replaces = options.out.exists()
-    fps = engine.stream.fps
-    sound, rate = read_audio(options.audio)
-    if options.seconds is not None:
-        sound = sound[: max(1, round(options.seconds * rate))]
+    older = [path for path in (options.out, options.contact_sheet) if path is not None and path.exists()]
+    fps, inputs = engine.stream.fps, inputs or read_inputs(options)
+    sound, rate = inputs.sound, inputs.rate
     total = -(-len(sound) * fps // rate)
     waveform = resample(sound, rate)
     session = engine.open(
-        options.image, options.prompt, audio=None if options.live else waveform, size=options.size,
+        inputs.picture, options.prompt, audio=None if options.live else waveform, size=options.size,
         max_area=options.max_area, seed=options.seed,
     )
     progress = Progress(total, fps)
@@ -88,13 +114,15 @@ def generate(engine: Engine, options: GenerateOptions) -> GenerateResult:
     if not writer.frames:
         writer.abort()
         raise KeyboardInterrupt
-    name = options.out
-    if interrupted and replaces:
-        name = name.with_name(f"{name.stem}.interrupted{name.suffix}")
+
+    def named(path: Path) -> Path:
+        return path.with_name(f"{path.stem}.interrupted{path.suffix}") if interrupted and path in older else path
+
+    name = named(options.out)
     with uninterrupted():
         writer.close(name)
         if options.contact_sheet is not None:
-            sheet.save(options.contact_sheet)
+            sheet.save(named(options.contact_sheet))
     return GenerateResult(name, writer.frames, interrupted)
 
 

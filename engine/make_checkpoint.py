@@ -61,7 +61,7 @@ def make_checkpoint(out: Path, *, preset: str = "tiny", seed: int = 0) -> Path:
     if not out.absolute().parent.is_dir():
         raise OutputError(f"cannot write {out}: the folder {out.parent} does not exist")
     part = part_path(out.absolute())
-    sizes, generator = PRESETS[preset], torch.Generator().manual_seed(seed)
+    sizes, generator = PRESETS[preset], torch.Generator().manual_seed(seed & (1 << 63) - 1)
     try:
         part.mkdir()
         files = CheckpointFiles(part, None)

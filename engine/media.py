@@ -20,6 +20,7 @@ import numpy.typing as npt
 from liverelay.engine.errors import InputError, MissingExtraError, OutputError
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 AUDIO_BIT_RATE = 192_000
 CRF = 10  # the published writer's quality 8
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
@@ -62,6 +63,19 @@ def container_of(path: Path) -> str:
         raise InputError(f"cannot write {path}: give a name that ends in {', '.join(CONTAINERS)}") from None
 
 
+def picture_format(path: Path) -> str:
+    """Pillow's name of the format that the suffix stands for; InputError when it is none that we write."""
+    try:
+        return PICTURES[path.suffix.lower()]
+    except KeyError:
+        raise InputError(f"cannot write {path}: give a name that ends in {', '.join(PICTURES)}") from None
+
+
+def real_path(path: Path) -> Path:
+    """Where a name leads: a symbolic link stays, and what it points to is written."""
+    return Path(os.path.realpath(path))
+
+
 def part_path(path: Path) -> Path:
     """A fresh name beside the target for the unfinished file."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
@@ -79,7 +93,7 @@ class VideoWriter:
     ) -> None:
         av, container = _av(), container_of(path)
         self.path, self.frames = path, 0
-        self._part = part_path(path)
+        self._part = part_path(real_path(path))
         options = {} if container == "matroska" else {"movflags": "faststart"}
         try:
             self._file = av.open(str(self._part), "w", format=container, options=options)
@@ -129,7 +143,7 @@ class VideoWriter:
             for stream in (self._video, self._sound):
                 self._file.mux(stream.encode(None))
             self._file.close()
-            os.replace(self._part, target)
+            os.replace(self._part, real_path(target))
         except OSError as error:
             self.abort()
             raise OutputError(f"cannot write {target}: {error.strerror or error}") from None
@@ -186,10 +200,10 @@ class ContactSheet:
             left, top = gap + i % columns * (cell[0] + gap), gap + i // columns * (cell[1] + gap + label)
             sheet.paste(Image.fromarray(frame).resize(cell, Image.Resampling.BILINEAR), (left, top))
             draw.text((left, top + cell[1] + 1), f"{number / self._fps:.2f} s", fill="black")
-        part = part_path(path)
+        part = part_path(real_path(path))
         try:
-            sheet.save(part, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"))
-            os.replace(part, path)
+            sheet.save(part, format=picture_format(path))
+            os.replace(part, real_path(path))
         except (OSError, ValueError) as error:
             part.unlink(missing_ok=True)
             raise OutputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None

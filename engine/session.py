@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from liverelay.engine.errors import InputError, LiveRelayError
-from liverelay.engine.models.audio import SAMPLE_RATE, AudioEncoder, load_waveform
+from liverelay.engine.models.audio import SAMPLE_RATE, AudioEncoder, as_samples, load_waveform
 from liverelay.engine.models.audio_live import LiveAudio, LiveAudioConfig
 from liverelay.engine.models.sampler import block_noise, relative_distance
 from liverelay.engine.relay.rollout import Rollout
@@ -97,6 +97,7 @@ class Session:
     ) -> None:
         self.engine, self.seed, self.session_id = engine, seed, session_id
         self._rollout: Rollout | None = rollout
+        self._broken = False
         fps = engine.stream.fps
         self._track: AudioTrack
         self._live: LiveAudio | None = None
@@ -127,10 +128,14 @@ class Session:
     @property
     def total_frames(self) -> int | None:
         """Frames of the whole video, as long as its sound; None in a live session that has not ended."""
+        self._open_rollout()
         return self._track.total_frames()
 
     def push_audio(self, samples: npt.ArrayLike, sample_rate: int) -> None:
-        """Give a live session more sound: float samples in [-1, 1], [n] or [n, channels], any n."""
+        """Give a live session more sound: float samples in [-1, 1] or integers, [n] or [n, channels], any n.
+
+        The sample rate is the same throughout a session. May be called from another thread than `frames`.
+        """
         self._open_rollout()
         if self._live is None:
             raise InputError("this session was opened with its whole sound; open one without audio= to push pieces")
@@ -149,6 +154,7 @@ class Session:
         push), and for good after `end_audio`. With `idle` it goes on with silence instead and never ends.
         """
         while True:
+            self._open_rollout()
             total = self._track.total_frames()
             if total is not None and self.next_frame >= total and not idle:
                 return
@@ -165,7 +171,11 @@ class Session:
         return (self._open_rollout().next_block + 1) * stream.block_frames - stream.dropped_frames
 
     def _run_block(self, total: int | None) -> Chunk:
-        rollout, stream, dit = self._open_rollout(), self.engine.stream, self.engine.dit
+        with self.engine.lock:
+            return self._compute_block(self._open_rollout(), total)
+
+    def _compute_block(self, rollout: Rollout, total: int | None) -> Chunk:
+        stream, dit = self.engine.stream, self.engine.dit
         block, started = rollout.next_block, time.perf_counter()
         first, end = self.next_frame, self._block_end()
         features = self._track.features(first, end)
@@ -177,6 +187,7 @@ class Session:
         distances = [self._distance(block, stage.step) for stage in rollout.line.stages]
         rollout.run_block(self._latent, audio, dit.pose_condition(None), distances)
         denoised = time.perf_counter()
+        self._broken = True  # until the frames are out: a decoder that stopped half-way cannot go on
         video = self.engine.vae.decode(self._latent, self._decoder)
         if block == 0:
             video = video[:, stream.dropped_frames :]
@@ -184,6 +195,7 @@ class Session:
             end = min(end, total)
             video = video[:, : end - first]
         frames = self.engine.vae.to_uint8(video).cpu().numpy()
+        self._broken = False
         decoded = time.perf_counter()
         sound = self._track.samples(first, end)
         return Chunk(block, first, frames, sound, denoised - started, decoded - denoised)
@@ -195,12 +207,15 @@ class Session:
     def _open_rollout(self) -> Rollout:
         if self._rollout is None:
             raise LiveRelayError("the session is closed")
+        if self._broken:
+            raise LiveRelayError("a block of this session failed while it was decoded; open a new session")
         return self._rollout
 
     def close(self) -> None:
         """Give the session's memory back; it cannot be used afterwards."""
-        self._rollout = None
+        self._rollout, self._live = None, None
         self._decoder.buffers.clear()
+        del self._track, self._latent
 
     def __enter__(self) -> Session:
         return self
@@ -213,7 +228,7 @@ def as_waveform(audio: Any) -> Samples:
     """A sound file, or samples [n] at 16 kHz, as float32 samples of our own; InputError when they cannot be used."""
     if isinstance(audio, str | Path):
         return load_waveform(audio)
-    waveform = np.array(audio, dtype=np.float32)
+    waveform = as_samples(audio)
     if waveform.ndim != 1 or not len(waveform) or not np.isfinite(waveform).all():
         raise InputError("the sound must be finite float32 samples [n] at 16 kHz, at least one")
     return waveform

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -166,7 +167,7 @@ def test_frames_are_ready_when_sound_and_look_ahead_have_come(encoder: AudioEnco
     live.push(noise(numbers, 1), RATE)
     assert live.ready(BLOCK) and not live.ready(BLOCK + 1)
     live.push_silence(2 * BLOCK)
-    assert live.ready(2 * BLOCK) and not live.ready(2 * BLOCK + 1)
+    assert not live.ready(2 * BLOCK)  # silence fills the block; what is heard after it is not known yet
     live.features(BLOCK, 2 * BLOCK)
     with pytest.raises(InputError, match="in order"):
         live.features(0, BLOCK)
@@ -190,6 +191,57 @@ def test_resampled_streams_last_as_long_as_their_sound(encoder: AudioEncoder, nu
         live.push(noise(numbers, count), rate)
         live.finish()
         assert live.total_frames() == -(-count * RATE // rate // FRAME), (frames, rate)
+
+
+@pytest.mark.parametrize("rate", [16000, 48000, 44100])
+def test_silence_comes_after_the_sound_that_was_pushed_before_it(encoder: AudioEncoder, rate: int) -> None:
+    live, tone = LiveAudio(encoder), 0.5 * np.sin(np.arange(rate // 10) / rate * 2 * np.pi * 300)
+    live.push(tone, rate)
+    live.push_silence(9)
+    live.push(tone, rate)
+    live.finish()
+    heard, once = live.samples(0, 30), RATE // 10
+    assert live.total_frames() == -(-(9 * FRAME + once) // FRAME)
+    assert np.abs(heard[once + 50 : 9 * FRAME - 50]).max() < 1e-3
+    for start in (0, 9 * FRAME):
+        assert np.std(heard[start : start + once]) == pytest.approx(0.5 / np.sqrt(2), rel=0.05)
+    assert np.abs(heard[9 * FRAME + once + 50 :]).max() < 1e-3
+
+
+def test_a_long_silence_does_not_make_speech_loud(encoder: AudioEncoder, numbers: Numbers) -> None:
+    live, speech = LiveAudio(encoder), noise(numbers, 4 * BLOCK * FRAME) * 0.1
+    live.push(speech, RATE)
+    for block in range(3):
+        live.features(block * BLOCK, (block + 1) * BLOCK)
+    before = live._statistics.normalise(speech).std()
+    for block in range(4, 60):
+        live.push_silence((block + 1) * BLOCK)
+        live.features(block * BLOCK, (block + 1) * BLOCK)
+    assert live._statistics.normalise(speech).std() == pytest.approx(before, rel=0.2)
+
+
+def test_integers_are_scaled_by_full_scale(encoder: AudioEncoder) -> None:
+    for dtype, value, expected in ((np.int16, -16384, -0.5), (np.uint8, 192, 0.5), (np.int32, 1 << 30, 0.5)):
+        live = LiveAudio(encoder)
+        live.push(np.full(640, value, dtype=dtype), RATE)
+        assert live.samples(0, 1) == pytest.approx(expected)
+    with pytest.raises(InputError, match="channels"):
+        LiveAudio(encoder).push(np.zeros((2, 4800)), RATE)
+
+
+def test_pushes_from_another_thread_lose_nothing(encoder: AudioEncoder, numbers: Numbers) -> None:
+    live, sound = LiveAudio(encoder), noise(numbers, 60 * FRAME)
+    pieces = np.array_split(sound, 600)
+    thread = threading.Thread(target=lambda: [live.push(piece, RATE) for piece in pieces])
+    thread.start()
+    heard = [live.samples(0, 0)]
+    for block in range(5):
+        while not live.ready((block + 1) * BLOCK) and thread.is_alive():
+            pass
+        live.features(block * BLOCK, (block + 1) * BLOCK)
+        heard.append(live.samples(block * BLOCK, (block + 1) * BLOCK))
+    thread.join()
+    assert np.array_equal(np.concatenate(heard), sound)
 
 
 def test_sound_that_does_not_fit_is_refused(encoder: AudioEncoder) -> None:

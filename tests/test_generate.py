@@ -133,7 +133,13 @@ BROKEN = {
     "size does not divide": (("--size", "100x64"), "128x64"),
     "no folder for the output": (("--out", "nowhere/x.mp4"), "nowhere"),
     "no folder for the sheet": (("--contact-sheet", "nowhere/x.png"), "nowhere"),
-    "sheet over video": (("--contact-sheet", "x.mp4"), "same file"),
+    "sheet over video": (("--contact-sheet", "x.mp4"), "x.mp4"),
+    "sheet is no picture": (("--contact-sheet", "x.pdf"), ".png"),
+    "sheet over the sound": (("--contact-sheet", "tone.png", "--audio", "tone.png"), "overwrite the input"),
+    "a folder for a sound": (("--audio", "."), "is not a file"),
+    "too many threads": (("--threads", "100000"), "at most"),
+    "a size without end": (("--size", "6400000000000x64"), "8192x64"),
+    "sixteen bits": (("--image", "deep.png"), "8 bits"),
     "unknown container": (("--out", "x.txt"), ".txt"),
     "no such device": (("--device", "tpu"), "tpu"),
     "unknown backend": (("--backend", "cuda9"), "cuda9"),
@@ -151,6 +157,8 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(
     (tmp_path / "text.txt").write_text("not what it seems")
     (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:2000])
     Image.new("RGB", (1, 4000)).save(tmp_path / "thread.png")
+    Image.new("I;16", (64, 64)).save(tmp_path / "deep.png")
+    (tmp_path / "tone.png").write_bytes((tmp_path / "sound.wav").read_bytes())
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "nan.wav", np.full(1000, np.nan, dtype=np.float32), 16000, subtype="FLOAT")
     before = names(tmp_path)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from liverelay.engine.cli import main
+from liverelay.engine.errors import InputError
 from liverelay.engine.golden import GoldenOptions, run
 from liverelay.engine.models.geometry import Geometry, grid_angles, motion_angles
 from liverelay.engine.models.sampler import make_schedule
@@ -194,3 +195,35 @@ def test_command_refuses_in_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and word in lines[0]
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("component", "damage", "word"),
+    [
+        ("dit_tiny", {"num_blocks": "many"}, "dit cannot"),
+        ("dit_tiny", {"frames_per_block": 0}, "dit cannot"),
+        ("dit_tiny", {"num_blocks": 99}, "x.8"),
+        ("tpp_tiny", {"timesteps": [1000.0]}, "tpp cannot"),
+        ("tpp_tiny", {"clips": 0}, "nothing"),
+    ],
+)
+def test_given_files_that_do_not_fit_are_refused_in_one_line(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], component: str, damage: dict[str, object],
+    word: str,
+) -> None:
+    for path in (golden / component).iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    meta = json.loads((tmp_path / "meta.json").read_text()) | damage
+    (tmp_path / "meta.json").unlink()
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    name, out = component.removesuffix("_tiny"), tmp_path / "out.safetensors"
+    flags = ["--weights", str(golden / "dit_tiny" / "weights.safetensors")]
+    assert main(["golden", name, str(tmp_path), "--out", str(out), *flags]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and word in lines[0] and not out.exists()
+
+
+def test_a_device_that_is_not_there_is_refused(golden: Path, tmp_path: Path) -> None:
+    for device in ("foo", "cuda:99"):
+        with pytest.raises(InputError, match=device.split(":")[0]):
+            run("vae", golden / "vae_tiny", GoldenOptions(device=device))

@@ -21,7 +21,7 @@ ENVIRONMENT = {"engine/config.py"}  # the only files that may read the environme
 # A module of the engine imports only from rows above its own. A new module gets its place here.
 LAYERS = (
     "errors version progress models.sampler models relay",
-    "config native media models.geometry models.lora models.image models.vae_config telemetry",
+    "config devices native media models.geometry models.lora models.image models.vae_config telemetry",
     "cache models.weights models.vae_layers",
     "checkpoint models.layers models.audio models.text models.vae",
     "models.dit models.audio_live",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,26 @@ def test_sessions_that_take_turns_equal_each_alone(engine: Engine, numbers: Numb
         done = [chunk for chunk in chunks if chunk]
         assert len(expected) > 4 and all(map(np.array_equal, joined(done), joined(expected)))
     assert not np.array_equal(alone[0][0].frames, alone[1][0].frames)
+
+
+def test_sessions_in_threads_equal_each_alone(engine: Engine, numbers: Numbers) -> None:
+    inputs = [(picture(numbers), sound(numbers, 30 * SAMPLES), seed) for seed in (1, 2)]
+    alone = [video(start(engine, image, audio, seed=seed)) for image, audio, seed in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda each: video(start(engine, each[0], each[1], seed=each[2])), inputs))
+    assert all(np.array_equal(*pair) for pair in zip(alone, together, strict=True))
+
+
+def test_a_block_that_fails_half_way_ends_the_session(engine: Engine, numbers: Numbers, monkeypatch: Patch) -> None:
+    session = start(engine, picture(numbers), sound(numbers, 30 * SAMPLES))
+    chunks = session.frames()
+    next(chunks)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.vae, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("lost")))
+        with pytest.raises(RuntimeError, match="lost"):
+            next(chunks)
+    with pytest.raises(LiveRelayError, match="open a new session"):
+        next(session.frames())
 
 
 def pointers(session: Session) -> list[int]:

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from liverelay.engine.errors import InputError
+from liverelay.engine.devices import check_device
+from liverelay.engine.errors import InputError, LiveRelayError
 
 COMPONENTS = ("dit", "tpp", "lora", "vae", "audio", "text", "image")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -68,9 +69,18 @@ def run(component: str, folder: Path, options: GoldenOptions) -> dict[str, torch
         raise InputError(f"unknown component '{component}'; choose one of {', '.join(COMPONENTS)}")
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
+    check_device(options.device)
     module = importlib.import_module(f"liverelay.engine.golden.{component}")
     try:
         results: dict[str, torch.Tensor] = module.run(folder, options)
-    except (LookupError, TypeError) as error:  # from values of the given files, which have no schema
-        raise InputError(f"{component} cannot be computed from the files of {folder}: {error!r}") from error
+    except (LiveRelayError, torch.OutOfMemoryError):
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        if "memory" in str(error):
+            raise
+        # Values and shapes of the given files have no schema: what does not fit shows where it is used.
+        line = (str(error).strip() or repr(error)).splitlines()[0]
+        raise InputError(f"{component} cannot be computed from the files of {folder}: {line}") from error
+    if not results:
+        raise InputError(f"the files of {folder} ask for nothing")
     return results

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from liverelay.engine.config import StreamConfig
+from liverelay.engine.errors import InputError
 from liverelay.engine.golden import GoldenOptions, given, read_json, read_tensors
 from liverelay.engine.models.vae import VAE
 from liverelay.engine.models.vae_config import VAEConfig
@@ -30,6 +31,11 @@ def run(folder: Path, options: GoldenOptions) -> dict[str, Tensor]:
         given(inputs, name, inputs_file).to(options.device, options.dtype)
         for name in ("video_9", "z", "ref_image", "block_latents")
     )
+
+    if video.shape[1] < 9:
+        raise InputError(f"video_9 of {inputs_file} has {video.shape[1]} frames")
+    if not all(config.latent_std):
+        raise InputError(f"latent_std of {where} holds a zero")
 
     def decode(latents: Tensor) -> Tensor:
         return vae.decode(latents, vae.new_decoder(*latents.shape[2:]))

@@ -26,6 +26,7 @@ SAMPLE_RATE = 16000
 FEATURE_RATE = 50
 VIDEO_RATE = 30  # the published intermediate rate, not the video's
 MIN_SAMPLES = 400
+LOWEST_RATE, HIGHEST_RATE = 1000, 384000
 Samples = npt.NDArray[np.float32]
 
 
@@ -40,7 +41,7 @@ def read_audio(path: str | Path) -> tuple[Samples, int]:
         raise MissingExtraError("soundfile", "to read sound files", "audio") from None
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"the sound file {path} does not exist")
+        raise InputError(f"the sound file {path} " + ("is not a file" if path.exists() else "does not exist"))
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, OSError) as error:
@@ -50,9 +51,25 @@ def read_audio(path: str | Path) -> tuple[Samples, int]:
         samples, rate = decoded
     if not len(samples):
         raise InputError(f"{path} holds no sound")
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise InputError(f"{path} has {rate} samples a second; {LOWEST_RATE} to {HIGHEST_RATE} can be used")
     if not np.isfinite(samples).all():
         raise InputError(f"{path} holds samples that are not finite numbers")
     return samples, int(rate)
+
+
+def as_samples(audio: npt.ArrayLike) -> Samples:
+    """Samples given by a caller as float32 of our own; integers are scaled by full scale. InputError else."""
+    try:
+        given = np.asarray(audio)
+        if given.dtype.kind in "iu":
+            limits = np.iinfo(given.dtype)
+            middle = 0.0 if limits.min < 0 else (limits.max + 1) / 2
+            return ((given - middle) / ((int(limits.max) + 1) / (1 if limits.min < 0 else 2))).astype(np.float32)
+        samples = np.array(given, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise InputError("sound must be numbers [n] or [n, channels]") from None
+    return samples
 
 
 def _read_with_av(path: Path) -> tuple[Samples, int] | None:

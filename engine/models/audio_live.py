@@ -9,6 +9,7 @@ A block's features depend only on the sound up to its window's end, so they are 
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,19 @@ import torch
 from torch import Tensor
 
 from liverelay.engine.errors import InputError, MissingExtraError
-from liverelay.engine.models.audio import SAMPLE_RATE, AudioEncoder, Samples, feature_index, normalise
+from liverelay.engine.models.audio import (
+    HIGHEST_RATE,
+    LOWEST_RATE,
+    SAMPLE_RATE,
+    AudioEncoder,
+    Samples,
+    as_samples,
+    feature_index,
+    normalise,
+)
 
+SILENCE = 1e-3  # root mean square of full scale below which a block is silent: -60 dB
+MAX_CHANNELS = 32
 HOP = 320  # samples between two wav2vec2 features
 FRAME_SAMPLES = SAMPLE_RATE // 25  # samples of a video frame
 
@@ -40,12 +52,17 @@ class LiveAudioConfig:
 class _Statistics:
     """Running count, sum and sum of squares in float64, up to a sample of the stream."""
 
-    count: int = 0  # the stream was counted up to this sample
+    heard: int = 0  # the stream was looked at up to this sample
+    count: int = 0
     total: float = 0.0
     squares: float = 0.0
 
     def add(self, samples: Samples) -> None:
+        """Count a block's new sound; silence between speech tells nothing of its loudness and is left out."""
         wide = samples.astype(np.float64)
+        self.heard += len(wide)
+        if self.count and float(np.square(wide).sum()) <= SILENCE**2 * len(wide):
+            return
         self.count += len(wide)
         self.total += float(wide.sum())
         self.squares += float(np.square(wide).sum())
@@ -64,51 +81,66 @@ class LiveAudio:
 
     def __init__(self, encoder: AudioEncoder, config: LiveAudioConfig | None = None) -> None:
         self._encoder, self._config = encoder, config or LiveAudioConfig()
-        self._pushed = 0  # samples at the sound's own rate
         self._resampler: Any = None
         self._rate: int | None = None
+        self._run_start = 0  # 16 kHz sample at which the present run of sound began; silence ends a run
+        self._run_pushed = 0  # samples of this run, at the sound's own rate
         self._buffer: Samples = np.zeros(0, dtype=np.float32)
         self._buffer_start = 0  # absolute number of the buffer's first sample
         self._statistics = _Statistics()
         self._finished = False
+        self._lock = threading.RLock()  # sound may come from another thread than the one that asks for features
 
     # -- sound in --------------------------------------------------------------------------------------------------
 
     def push(self, samples: npt.ArrayLike, sample_rate: int) -> None:
-        """Take more sound: float [n] or [n, channels], any n, any rate (the same one until `finish`)."""
-        if self._finished:
-            raise InputError("the sound of this session was ended; open a new session")
-        try:
-            piece = np.asarray(samples, dtype=np.float32)
-        except (TypeError, ValueError):
-            raise InputError("pushed sound must be numbers [n] or [n, channels]") from None
+        """Take more sound: floats in [-1, 1] or integers, [n] or [n, channels], any n, one rate until `finish`."""
+        piece = as_samples(samples)
         if piece.ndim not in (1, 2) or 0 in piece.shape[1:] or not np.isfinite(piece).all():
             raise InputError("pushed sound must be finite samples [n] or [n, channels]")
-        if self._rate is None:
-            if not 1000 <= sample_rate <= 384000:
-                raise InputError(f"a sample rate of {sample_rate} Hz is not supported; give 1000 to 384000")
-            self._rate = sample_rate
-            self._resampler = None if sample_rate == SAMPLE_RATE else _make_resampler(sample_rate)
-        if sample_rate != self._rate:
-            raise InputError(f"the sample rate changed from {self._rate} to {sample_rate} Hz within one session")
-        self._pushed += len(piece)
+        if piece.ndim == 2 and piece.shape[1] > MAX_CHANNELS:
+            raise InputError(f"{piece.shape[1]} channels were pushed; give samples as [n, channels]")
         mono = piece.mean(axis=1, dtype=np.float32) if piece.ndim == 2 else piece
-        self._append(mono if self._resampler is None else self._resampler.resample_chunk(mono))
+        with self._lock:
+            self._check_rate(sample_rate)
+            if self._finished:
+                raise InputError("the sound of this session was ended; open a new session")
+            self._run_pushed += len(mono)
+            if self._rate != SAMPLE_RATE:
+                self._resampler = self._resampler or _make_resampler(sample_rate)
+                mono = self._resampler.resample_chunk(mono)
+            self._append(mono)
+
+    def _check_rate(self, sample_rate: int) -> None:
+        if not isinstance(sample_rate, int | np.integer) or not LOWEST_RATE <= sample_rate <= HIGHEST_RATE:
+            raise InputError(f"a sample rate of {sample_rate!r} is not supported; give {LOWEST_RATE} to {HIGHEST_RATE}")
+        if self._rate is not None and sample_rate != self._rate:
+            raise InputError(f"the sample rate changed from {self._rate} to {sample_rate} Hz within one session")
+        self._rate = int(sample_rate)
 
     def push_silence(self, frame_end: int) -> None:
-        """Fill up with silence as far as features below `frame_end` need: the avatar idles when the sound runs dry."""
-        missing = self._needed(frame_end) - self._end
-        if missing > 0:
-            self._append(np.zeros(missing, dtype=np.float32))
+        """Fill up with silence to frame `frame_end`: the avatar idles when the sound runs dry."""
+        with self._lock:
+            self._end_run()
+            missing = frame_end * FRAME_SAMPLES - self._end
+            if missing > 0:
+                self._append(np.zeros(missing, dtype=np.float32))
+            self._run_start = self._end
 
     def finish(self) -> None:
         """No more sound comes; after its end there is silence."""
-        if not self._finished and self._resampler is not None:
+        with self._lock:
+            if not self._finished:
+                self._end_run()
+            self._finished = True
+
+    def _end_run(self) -> None:
+        """Take what the resampler still holds, so that what follows comes after it."""
+        if self._resampler is not None and self._rate is not None:
             self._append(self._resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
-            assert self._rate is not None
-            due = -(-self._pushed * SAMPLE_RATE // self._rate)  # the resampler may end one sample early
-            self._append(np.zeros(max(0, due - self._end), dtype=np.float32))
-        self._finished = True
+            due = self._run_start + -(-self._run_pushed * SAMPLE_RATE // self._rate)
+            self._append(np.zeros(max(0, due - self._end), dtype=np.float32))  # it may end one sample early
+        self._resampler, self._run_start, self._run_pushed = None, self._end, 0
 
     # -- features out ----------------------------------------------------------------------------------------------
 
@@ -118,17 +150,28 @@ class LiveAudio:
 
     def ready(self, frame_end: int) -> bool:
         """Whether the sound up to frame `frame_end` and the look-ahead have come, or no more will come."""
-        return self._finished or self._end >= self._needed(frame_end)
+        with self._lock:
+            return self._finished or self._end >= self._needed(frame_end)
 
     def samples(self, frame_start: int, frame_end: int) -> Samples:
         """The 16 kHz sound of the frames last asked for by `features`, silence where there is none."""
-        return self._cut(frame_start * FRAME_SAMPLES, frame_end * FRAME_SAMPLES)
+        with self._lock:
+            return self._cut(frame_start * FRAME_SAMPLES, frame_end * FRAME_SAMPLES)
 
     def features(self, frame_start: int, frame_end: int) -> Tensor:
         """States [states, width, frames] of frames frame_start..frame_end-1; blocks must be asked for in order.
 
         Where the sound has ended (or has not come, when the caller does not wait for `ready`) silence is heard.
         """
+        with self._lock:
+            window, start = self._window(frame_start, frame_end)
+        mixed = on_absolute_grid(self._encoder.hidden_states(window), start // HOP, frame_start, frame_end)
+        with self._lock:
+            self._drop_before(start)
+        return mixed
+
+    def _window(self, frame_start: int, frame_end: int) -> tuple[Samples, int]:
+        """The normalised sound that a block's features are computed from, and its first sample's number."""
         left = round(self._config.left_context_s * SAMPLE_RATE)
         start = max(0, (frame_start * FRAME_SAMPLES - left) // HOP * HOP)
         end = self._needed(frame_end)
@@ -136,11 +179,8 @@ class LiveAudio:
             end = min(end, max(self._end, frame_end * FRAME_SAMPLES))
         if start < self._buffer_start:
             raise InputError(f"the sound before frame {frame_start} is gone; ask for blocks in order")
-        self._statistics.add(self._cut(self._statistics.count, min(end, self._end)))
-        hidden = self._encoder.hidden_states(self._statistics.normalise(self._cut(start, end)))
-        mixed = on_absolute_grid(hidden, start // HOP, frame_start, frame_end)
-        self._drop_before(start)
-        return mixed
+        self._statistics.add(self._cut(self._statistics.heard, min(end, self._end)))
+        return self._statistics.normalise(self._cut(start, end)), start
 
     # -- the buffer ------------------------------------------------------------------------------------------------
 

@@ -45,12 +45,14 @@ def load_image(path: str | Path) -> Any:
     pillow = _pillow()
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"the image {path} does not exist")
+        raise InputError(f"the image {path} " + ("is not a file" if path.exists() else "does not exist"))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
             with pillow.open(path) as opened:
-                return opened.convert("RGB")
+                converted = opened.convert("RGB")
+                converted.info["mode"] = opened.mode
+                return converted
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning):
         raise InputError(f"the image {path} has too many pixels; make it smaller than 9000x9000 first") from None
     except (OSError, ValueError, SyntaxError) as error:
@@ -61,14 +63,23 @@ def as_image(image: Any) -> Any:
     """A path, a Pillow image or uint8 [h, w, 3] as a Pillow RGB image; InputError for anything else."""
     pillow = _pillow()
     if isinstance(image, str | Path):
-        return load_image(image)
+        opened = load_image(image)
+        _check_mode(opened.info.get("mode", ""))
+        return opened
     if isinstance(image, pillow.Image):
+        _check_mode(image.mode)
         return image.convert("RGB")
     if not isinstance(image, np.ndarray):
         raise InputError(f"{image!r} is no picture; give a path, a Pillow image or uint8 [h, w, 3]")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise InputError(f"a picture of {image.dtype} {list(image.shape)} cannot be used; give uint8 [h, w, 3]")
     return pillow.fromarray(image)
+
+
+def _check_mode(mode: str) -> None:
+    """Pillow clips these kinds instead of scaling them: the person would be all white or all black."""
+    if mode.startswith("I") or mode == "F":
+        raise InputError(f"the picture's kind is '{mode}' (more than 8 bits a value); save it with 8 bits first")
 
 
 def prepare_image(image: Any, size: tuple[int, int]) -> Tensor:

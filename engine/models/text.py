@@ -117,6 +117,8 @@ class TextEncoder:
     @torch.inference_mode()
     def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask [N, n] int64 -> states after the final norm [N, n, dim]; rows where mask is 0 mean nothing."""
+        if ids.shape != mask.shape or ids.dim() != 2:
+            raise InputError(f"ids of shape {list(ids.shape)} and mask of shape {list(mask.shape)} do not fit")
         out = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device))
         states: Tensor = out.last_hidden_state
         return states

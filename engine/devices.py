@@ -1,0 +1,32 @@
+"""Which device and dtype the engine computes on."""
+
+from __future__ import annotations
+
+import torch
+
+from liverelay.engine.errors import InputError
+
+
+def default_device() -> str:
+    """The first GPU where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16, the published precision; on a CPU float32, which is faster there and at least as exact."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def check_device(device: str) -> str:
+    """The device's name; InputError when there is no such device here."""
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"'{device}' is not a device; give cpu, cuda or cuda:N") from None
+    if kind.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device} was asked for, but PyTorch sees no GPU here; give --device cpu")
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {device} was asked for, but there are only {torch.cuda.device_count()} GPUs")
+    if kind.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device} is not supported; give cpu, cuda or cuda:N")
+    return device
