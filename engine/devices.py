@@ -30,3 +30,9 @@ def check_device(device: str) -> str:
     if kind.type not in ("cpu", "cuda"):
         raise InputError(f"device {device} is not supported; give cpu, cuda or cuda:N")
     return device
+
+
+def use_exact_float32(device: str, dtype: torch.dtype) -> None:
+    """Where float32 was asked for, a GPU's convolutions are float32 too: cuDNN's default is TF32 (for the process)."""
+    if dtype == torch.float32 and torch.device(device).type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from liverelay.engine.checkpoint import CheckpointFiles, find_checkpoint
 from liverelay.engine.config import DEFAULT_MAX_SIZE, StreamConfig
-from liverelay.engine.devices import check_device, default_device, default_dtype
+from liverelay.engine.devices import check_device, default_device, default_dtype, use_exact_float32
 from liverelay.engine.errors import CheckpointError, InputError
 from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
@@ -76,6 +76,7 @@ class Engine:
         dtype = dtype or default_dtype(device)
         if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"the engine computes in float32 or bfloat16, not {str(dtype).removeprefix('torch.')}")
+        use_exact_float32(device, dtype)
         tell = say or (lambda line: None)
         tell("loading the transformer" + (f" with the LoRA {files.lora.name}" if files.lora else ", without a LoRA"))
         source, config = files.open_dit(device)

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from liverelay.engine.devices import check_device
+from liverelay.engine.devices import check_device, use_exact_float32
 from liverelay.engine.errors import InputError, LiveRelayError
 
 COMPONENTS = ("dit", "tpp", "lora", "vae", "audio", "text", "image")
@@ -69,7 +69,7 @@ def run(component: str, folder: Path, options: GoldenOptions) -> dict[str, torch
         raise InputError(f"unknown component '{component}'; choose one of {', '.join(COMPONENTS)}")
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
-    check_device(options.device)
+    use_exact_float32(check_device(options.device), options.dtype)
     module = importlib.import_module(f"liverelay.engine.golden.{component}")
     try:
         results: dict[str, torch.Tensor] = module.run(folder, options)
