@@ -14,7 +14,7 @@ from typing import Any
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.errors import CheckpointError
 from liverelay.engine.models.lora import MergedSource
-from liverelay.engine.models.weights import TensorSource, check_shapes, dit_shapes, open_sharded
+from liverelay.engine.models.weights import TensorSource, check_dit, is_quantized, open_sharded
 
 DIT_STEM = "diffusion_pytorch_model"
 LORA_FOLDERS = ("LiveAvatar", "Live-Avatar", "lora")
@@ -26,6 +26,7 @@ class CheckpointFiles:
 
     folder: Path
     lora: Path | None
+    lora_given: bool = False  # by name, not found
 
     @property
     def config(self) -> Path:
@@ -75,7 +76,11 @@ class CheckpointFiles:
         """The DiT's tensors, with the LoRA merged when there is one, and its configuration."""
         base = open_sharded(self.folder, DIT_STEM)
         config = DiTConfig.from_published(self.published_config(), base.shapes)
-        check_shapes(base.shapes, dit_shapes(config), "the transformer's checkpoint")
+        check_dit(base.shapes, config, "the transformer's checkpoint")
+        if is_quantized(base.shapes):  # its LoRA was merged before
+            if self.lora is not None and self.lora_given:
+                raise CheckpointError(f"{self.folder} is quantised; give --lora to liverelay quantize instead")
+            return base, config
         if self.lora is None:
             return base, config
         return MergedSource(base, TensorSource([self.lora]), device=device, what=str(self.lora)), config
@@ -98,7 +103,7 @@ def find_checkpoint(folder: Path, lora: Path | str | None = None) -> CheckpointF
             found = f"{len(inner)} folders below it do" if inner else "no folder below it does"
             raise CheckpointError(f"{folder} does not hold config.json and {DIT_STEM}*.safetensors, and {found}")
         base = inner[0]
-    return CheckpointFiles(base, _find_lora(base, lora))
+    return CheckpointFiles(base, _find_lora(base, lora), lora is not None)
 
 
 def _find_lora(base: Path, lora: Path | str | None) -> Path | None:

@@ -72,7 +72,7 @@ def _generate(a: argparse.Namespace) -> int:
     inputs = read_inputs(options)
     engine = Engine.load(
         a.checkpoint, lora=a.lora, device=a.device, dtype=DTYPES[a.dtype] if a.dtype else None, backend=a.backend,
-        stream=StreamConfig(relative_distance=a.relative_distance), say=_say,
+        fp8=a.fp8, stream=StreamConfig(relative_distance=a.relative_distance), say=_say,
     )
     result = generate(engine, options, inputs)
     print(result.path)
@@ -203,7 +203,8 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--lora", metavar="FILE", help="LoRA file, or 'none' (default: looked for beside the checkpoint)")
     p.add_argument("--device", help="cpu, cuda or cuda:N (a GPU where there is one)")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="bfloat16 on a GPU, float32 on a CPU")
-    p.add_argument("--backend", metavar="NAME", help="kernel backend (torch)")
+    p.add_argument("--fp8", action="store_true", help="the transformer's large products in FP8 (e4m3)")
+    p.add_argument("--backend", metavar="NAME", help="kernel backend: torch or triton (see liverelay kernels)")
     p.add_argument("--threads", type=_positive(int, "threads"), metavar="N", help="CPU threads")
     p.add_argument(
         "--relative-distance", type=int, metavar="N",

@@ -58,6 +58,7 @@ class Engine:
         device: str | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
+        fp8: bool = False,
         stream: StreamConfig | None = None,
         say: Say | None = None,
     ) -> Engine:
@@ -65,6 +66,7 @@ class Engine:
 
         lora: a file, "none", or None to find it. device: "cpu", "cuda", "cuda:1"; None: a GPU where there is one.
         dtype: torch.bfloat16 or torch.float32; None: bfloat16 on a GPU, float32 on a CPU. backend: kernel backend.
+        fp8: the transformer's large products in e4m3 (also on a CPU, where it is only for looking at its error).
         say(line) is told what is being loaded. CheckpointError names a file, key or shape that does not fit.
         """
         files = find_checkpoint(Path(checkpoint), lora)
@@ -80,7 +82,7 @@ class Engine:
         tell = say or (lambda line: None)
         tell("loading the transformer" + (f" with the LoRA {files.lora.name}" if files.lora else ", without a LoRA"))
         source, config = files.open_dit(device)
-        dit = DiT.load(source, config, device=device, dtype=dtype, backend=backend)
+        dit = DiT.load(source, config, device=device, dtype=dtype, backend=backend, fp8=fp8)
         tell("loading the VAE")
         vae = VAE.load(open_pth(files.vae), device=device, dtype=dtype, backend=backend)
         tell("loading the audio encoder")

@@ -21,7 +21,7 @@ from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.models.lora import MergedSource
 from liverelay.engine.models.text import text_sizes
 from liverelay.engine.models.vae_config import VAEConfig, expected_shapes
-from liverelay.engine.models.weights import TensorSource, check_shapes, dit_shapes, open_pth, open_sharded
+from liverelay.engine.models.weights import TensorSource, check_dit, check_shapes, open_pth, open_sharded
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 GIB = 1 << 30
@@ -81,7 +81,7 @@ def inspect_checkpoint(
     def dit() -> Mapping[str, tuple[int, ...]]:
         source = sources["dit"] = open_sharded(files.folder, DIT_STEM)
         config = DiTConfig.from_published(files.published_config(), source.shapes)
-        check_shapes(source.shapes, dit_shapes(config), "the transformer")
+        check_dit(source.shapes, config, "the transformer")
         report.model = asdict(config)
         return source.shapes
 

@@ -148,7 +148,7 @@ def attention_pointer(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], tokens, heads, rows,
         head_dim**-0.5 * LOG2_E, HEAD_DIM=head_dim, HEAD_TILE=head_tile, TILE_M=tile_m, TILE_N=tile_n,
         HAS_PLACE=place is not None, PRECISION="ieee" if exact else "tf32",
-        num_warps=4 if exact else 8, num_stages=stages,
+        num_warps=8, num_stages=stages,
     )  # fmt: skip
     return out
 

@@ -39,11 +39,13 @@ from liverelay.engine.models.layers import (
     load_weights,
     timestep_tables,
 )
+from liverelay.engine.models.weights import Linear
 from liverelay.kernels import dispatch
 from liverelay.kernels.contract import Norm, Place, Update
 
 Tap = Callable[[str, Tensor], None]
 NOISY, REFERENCE, MOTION = 0, 1, 2
+FP8 = torch.float8_e4m3fn
 
 
 class RopeTable:
@@ -68,7 +70,9 @@ class RopeTable:
 class Workspace:
     """The static buffers of one device and resolution. Stages on the same device that run in turn share them."""
 
-    def __init__(self, config: DiTConfig, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: DiTConfig, geometry: Geometry, device: torch.device, dtype: torch.dtype, *, fp8: bool = False
+    ) -> None:
         tokens = max(geometry.block_tokens, geometry.sink_tokens)
         width, heads = config.dim, (config.num_heads, config.head_dim)
 
@@ -76,7 +80,11 @@ class Workspace:
             return torch.empty((tokens, *shape), device=device, dtype=of)
 
         self.geometry = geometry
-        self.x, self.h = make(width), make(width)  # the residual stream between layers; a norm's result
+        self.x = make(width)  # the residual stream between layers
+        # What the next product reads: a norm's or attention's result, and the feed-forward's; in FP8 with row scales.
+        self.h = make(width, of=FP8 if fp8 else dtype)
+        self.h_scale = make(of=torch.float32) if fp8 else None
+        self.wide = make(config.ffn_dim, of=FP8) if fp8 else None
         self.y = [make(width) for _ in range(3)]  # what self-attention, cross attention and feed-forward add to it
         self.qk, self.ffn = make(2 * width), make(config.ffn_dim)
         self.q, self.attended = make(*heads), make(*heads)
@@ -118,12 +126,16 @@ class DiT:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         backend: str | None = None,
+        fp8: bool = False,
     ) -> DiT:
-        """Build from checkpoint tensors (spec dit.md section 2). CheckpointError names a key that does not fit."""
-        return cls(load_weights(source, config, device, dtype), config, dtype=dtype, backend=backend)
+        """Build from checkpoint tensors (spec dit.md section 2). CheckpointError names a key that does not fit.
+
+        fp8: the stage loop's linear layers in e4m3, one scale per output channel and per row of activations.
+        """
+        return cls(load_weights(source, config, device, dtype, fp8=fp8), config, dtype=dtype, backend=backend)
 
     def make_workspace(self, geometry: Geometry) -> Workspace:
-        return Workspace(self.config, geometry, self.device, self.dtype)
+        return Workspace(self.config, geometry, self.device, self.dtype, fp8=self.weights.fp8)
 
     def make_arena(self, geometry: Geometry) -> Arena:
         return Arena(self.config, geometry, self.device, self.dtype)
@@ -211,7 +223,8 @@ class DiT:
         x, h, place = ws.x[:sink].copy_(tokens), ws.h[:sink], ws.place.fill(0, sink, False)
         raw = ws.y[2][:sink].view(sink, self.config.num_heads, -1)
         last = len(self.weights.layers) - 1
-        self.ops.residual_norm(x, [], _first_norm(tables.layers[0]), h, eps=self.config.eps)
+        scale = _rows(ws.h_scale, sink)
+        self.ops.residual_norm(x, [], _first_norm(tables.layers[0]), h, eps=self.config.eps, scale_out=scale)
         for i, layer in enumerate(self.weights.layers):
             if tap:
                 tap(f"hidden.{i}", x)
@@ -223,7 +236,7 @@ class DiT:
             if i < last:  # the last layer's output has no reader
                 updates = self._attend(ws, layer, tables.layers[i], (arena.k[i], arena.v[i], place), text, i, sink)
                 following = _first_norm(tables.layers[i + 1])
-                self.ops.residual_norm(x, updates, following, h, eps=self.config.eps, x_out=x)
+                self.ops.residual_norm(x, updates, following, h, eps=self.config.eps, x_out=x, scale_out=scale)
         arena.reference_position = REFERENCE_POSITION
 
     # -- one block -------------------------------------------------------------------------------------------------
@@ -251,24 +264,25 @@ class DiT:
             tap("tokens_in", x)
         # The norm that reads a layer's output is made in the same pass that completes it.
         norms = [_first_norm(modulation) for modulation in tables.layers] + [_head_norm(tables.head)]
-        injectors = list(self.weights.injectors)
-        self.ops.residual_norm(x, [], norms[0], h, eps=eps)
+        injectors, scale = list(self.weights.injectors), _rows(ws.h_scale, tokens)
+        self.ops.residual_norm(x, [], norms[0], h, eps=eps, scale_out=scale)
         for i, layer in enumerate(self.weights.layers):
             reference = (arena.reference_k[i], ws.reference_rope.both) if moved else None
             self._project(ws, layer, arena, i, tokens, ws.block_rope.both, reference=reference)
             updates = self._attend(ws, layer, tables.layers[i], (arena.k[i], arena.v[i], place), text, i, tokens)
-            following = ws.head[:tokens] if i + 1 == len(self.weights.layers) else h
+            last = i + 1 == len(self.weights.layers)
+            following = (ws.head[:tokens], None) if last else (h, scale)
             if i in self.weights.injectors:
                 j = injectors.index(i)
-                self.ops.residual_norm(x, updates, _audio_norm(audio, j, 0), h, eps=ADAIN_EPS, x_out=x)
+                norm = _audio_norm(audio, j, 0)
+                self.ops.residual_norm(x, updates, norm, h, eps=ADAIN_EPS, x_out=x, scale_out=scale)
                 if tap:
                     tap(f"hidden.block.{i}", x)
                 updates = self._inject(ws, self.weights.injectors[i], audio, j, tokens)
-                self.ops.residual_norm(x, updates, norms[i + 1], following, eps=eps, x_out=x)
-            else:
-                self.ops.residual_norm(x, updates, norms[i + 1], following, eps=eps, x_out=x)
-                if tap:
-                    tap(f"hidden.block.{i}", x)
+            out, out_scale = following
+            self.ops.residual_norm(x, updates, norms[i + 1], out, eps=eps, x_out=x, scale_out=out_scale)
+            if tap and i not in self.weights.injectors:
+                tap(f"hidden.block.{i}", x)
             if tap:
                 tap(f"hidden.after_audio.{i}", x)
         head = self.weights.head
@@ -280,12 +294,27 @@ class DiT:
     ) -> None:
         """q, k and v of ws.h: normalised and rotated q into the workspace, keys and values into rows of the arena."""
         ops, attn, h, place = self.ops, layer.self_attn, ws.h[:tokens], ws.place
-        ops.linear(h, attn.first.weight, attn.first.bias, ws.qk[:tokens])
-        ops.linear(h, layer.v.weight, layer.v.bias, arena.v[i, place.row : place.row + tokens].flatten(1))
+        scale = _rows(ws.h_scale, tokens)
+        self._linear(h, scale, attn.first, ws.qk[:tokens])
+        self._linear(h, scale, layer.v, arena.v[i, place.row : place.row + tokens].flatten(1))
         ops.qk_norm_rope(
             ws.qk[:tokens], (attn.norm_q, attn.norm_k), rope, (ws.q[:tokens], arena.k[i]), place,
             eps=self.config.eps, k_raw=k_raw, reference=reference,
         )
+
+    def _linear(self, x: Tensor, scale: Tensor | None, layer: Linear, out: Tensor) -> None:
+        """A product in the working dtype, or in FP8 where the layer is: x then holds codes, scale one value a row."""
+        if layer.scale is None or scale is None:
+            self.ops.linear(x, layer.weight, layer.bias, out)
+        else:
+            self.ops.linear_fp8(x, scale, layer.weight, layer.scale, layer.bias, out)
+
+    def _project_out(self, ws: Workspace, layer: Linear, tokens: int, out: Tensor) -> None:
+        """The product after an attention."""
+        attended, scale = ws.attended[:tokens].flatten(1), _rows(ws.h_scale, tokens)
+        if scale is not None:
+            attended = self.ops.quantize_rows(attended, ws.h[:tokens], scale)
+        self._linear(attended, scale, layer, out)
 
     def _attend(
         self, ws: Workspace, layer: LayerWeights, modulation: Tensor, keys: tuple[Tensor, Tensor, Place],
@@ -299,20 +328,20 @@ class DiT:
         own, cross, forward = (y[:tokens] for y in ws.y)
 
         ops.attention(q, keys[0], keys[1], attended, keys[2])
-        ops.linear(attended.flatten(1), layer.self_attn.out.weight, layer.self_attn.out.bias, own)
-        affine = Norm(*layer.norm3, plus_one=False, round_input=True)
-        ops.residual_norm(x, [(own, gate1)], affine, h, eps=eps)
+        self._project_out(ws, layer.self_attn.out, tokens, own)
+        affine, scale = Norm(*layer.norm3, plus_one=False, round_input=True), _rows(ws.h_scale, tokens)
+        ops.residual_norm(x, [(own, gate1)], affine, h, eps=eps, scale_out=scale)
 
         attn = layer.cross_attn
-        ops.linear(h, attn.first.weight, attn.first.bias, cross)
+        self._linear(h, scale, attn.first, cross)
         ops.rms_norm(cross, attn.norm_q, q.flatten(1), eps=eps)
         ops.attention(q, text.k[i], text.v[i], attended)
-        ops.linear(attended.flatten(1), attn.out.weight, attn.out.bias, cross)
-        ops.residual_norm(x, [(own, gate1), (cross, None)], Norm(scale2, shift2), h, eps=eps)
+        self._project_out(ws, attn.out, tokens, cross)
+        ops.residual_norm(x, [(own, gate1), (cross, None)], Norm(scale2, shift2), h, eps=eps, scale_out=scale)
 
-        ops.linear(h, layer.ffn_in.weight, layer.ffn_in.bias, ffn)
-        ops.gelu(ffn, ffn)
-        ops.linear(ffn, layer.ffn_out.weight, layer.ffn_out.bias, forward)
+        self._linear(h, scale, layer.ffn_in, ffn)
+        wide = ops.gelu(ffn, ffn if ws.wide is None else ws.wide[:tokens], scale)
+        self._linear(wide, scale, layer.ffn_out, forward)
         return [(own, gate1), (cross, None), (forward, gate2)]
 
     def _inject(
@@ -324,17 +353,22 @@ class DiT:
         """
         ops, eps, attn = self.ops, self.config.eps, injector.attn
         x, h, attended, y, total = (part[:tokens] for part in (ws.x, ws.h, ws.attended, ws.y[0], ws.head))
+        scale = _rows(ws.h_scale, tokens)
         for s in range(audio.k.shape[1]):
             if s:
-                ops.residual_norm(x, [], _audio_norm(audio, j, s), h, eps=ADAIN_EPS)
-            ops.linear(h, attn.first.weight, attn.first.bias, y)
+                ops.residual_norm(x, [], _audio_norm(audio, j, s), h, eps=ADAIN_EPS, scale_out=scale)
+            self._linear(h, scale, attn.first, y)
             ops.audio_attention(y, attn.norm_q, audio.k[j, s], audio.v[j, s], attended, eps=eps)
-            ops.linear(attended.flatten(1), attn.out.weight, attn.out.bias, y)
+            self._project_out(ws, attn.out, tokens, y)
             if audio.mask is None:
                 return [(y, None)]
             part = y.float() * audio.mask[s]
             total.copy_(part) if s == 0 else total.add_(part)
         return [(total, None)]
+
+
+def _rows(scale: Tensor | None, tokens: int) -> Tensor | None:
+    return None if scale is None else scale[:tokens]
 
 
 def _first_norm(modulation: Tensor) -> Norm:

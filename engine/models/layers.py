@@ -15,7 +15,7 @@ from torch import Tensor
 
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.errors import InputError
-from liverelay.engine.models.weights import Linear, Loader, check_shapes, dit_shapes
+from liverelay.engine.models.weights import Linear, Loader, check_dit, is_quantized
 
 ADAIN_EPS = 1e-5
 
@@ -55,7 +55,7 @@ class InjectorWeights:
 
 @dataclass
 class DiTWeights:
-    """All weights of the transformer on one device, in the working dtype except where float32 is said."""
+    """All weights of the transformer on one device, in the working dtype except where float32 or FP8 is said."""
 
     patch: Linear
     pose: Linear
@@ -70,6 +70,11 @@ class DiTWeights:
     audio_mix: Tensor  # [states] working dtype
     audio_convs: dict[str, Linear]  # float32: local, global, conv2, conv3, final
     audio_padding: Tensor  # [1, D] float32
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the stage loop's linear layers are in FP8."""
+        return self.layers[0].ffn_in.scale is not None
 
 
 @dataclass
@@ -103,31 +108,35 @@ class AudioCondition:
 
 
 def load_weights(
-    source: Mapping[str, Tensor], config: DiTConfig, device: torch.device | str, dtype: torch.dtype
+    source: Mapping[str, Tensor], config: DiTConfig, device: torch.device | str, dtype: torch.dtype, *,
+    fp8: bool = False,
 ) -> DiTWeights:
-    """Copy a checkpoint's tensors into the table. CheckpointError names the first key or shape that does not fit."""
+    """Copy a checkpoint's tensors into the table. CheckpointError names the first key or shape that does not fit.
+
+    fp8: the stage loop's linear layers are quantised on the way (a quantised checkpoint is FP8 whatever is asked).
+    """
     shapes = getattr(source, "shapes", None) or {key: tuple(value.shape) for key, value in source.items()}
-    check_shapes(shapes, dit_shapes(config), "the DiT checkpoint")
-    load = Loader(source, device, dtype)
+    check_dit(shapes, config, "the DiT checkpoint")
+    load = Loader(source, device, dtype, fp8=fp8 or is_quantized(shapes))
 
     def attention(name: str, first: str) -> AttentionWeights:
         return AttentionWeights(
-            load.linear(*(f"{name}.{part}" for part in first)),
+            load.linear8(*(f"{name}.{part}" for part in first)),
             load.tensor(f"{name}.norm_q.weight"),
             load.tensor(f"{name}.norm_k.weight"),
-            load.linear(f"{name}.o"),
+            load.linear8(f"{name}.o"),
         )
 
     def layer(i: int) -> LayerWeights:
         block = f"blocks.{i}"
         return LayerWeights(
             attention(f"{block}.self_attn", "qk"),
-            load.linear(f"{block}.self_attn.v"),
+            load.linear8(f"{block}.self_attn.v"),
             attention(f"{block}.cross_attn", "q"),
             load.linear(f"{block}.cross_attn.k", f"{block}.cross_attn.v"),
             (load.tensor(f"{block}.norm3.weight"), load.tensor(f"{block}.norm3.bias")),
-            load.linear(f"{block}.ffn.0"),
-            load.linear(f"{block}.ffn.2"),
+            load.linear8(f"{block}.ffn.0"),
+            load.linear8(f"{block}.ffn.2"),
             load.float32(f"{block}.modulation", (6, config.dim)),
         )
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.errors import CheckpointError, OutputError
+from liverelay.kernels import torch_ops
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -154,19 +155,52 @@ def dit_shapes(c: DiTConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+SCALE = "_scale"  # follows the key of a weight that is stored in FP8
+
+
+def fp8_modules(c: DiTConfig) -> list[str]:
+    """The linear layers that run in FP8: those of the stage loop, but not the small or float32 ones."""
+    names = [f"self_attn.{part}" for part in "qkvo"] + ["cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"]
+    modules = [f"blocks.{i}.{name}" for i in range(c.num_layers) for name in names]
+    return modules + [f"audio_injector.injector.{j}.{part}" for j in range(len(c.audio_inject_layers)) for part in "qo"]
+
+
+def is_quantized(shapes: Iterable[str]) -> bool:
+    """Whether a checkpoint was written by `liverelay quantize`."""
+    return any(key.endswith(f".weight{SCALE}") for key in shapes)
+
+
+def check_dit(shapes: Shapes, config: DiTConfig, what: str) -> None:
+    """CheckpointError that names the first key of a transformer, quantised or not, that does not fit."""
+    expected = dit_shapes(config)
+    if is_quantized(shapes):
+        expected |= {f"{m}.weight{SCALE}": expected[f"{m}.weight"][:1] for m in fp8_modules(config)}
+    check_shapes(shapes, expected, what)
+
+
+def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [out, in] as e4m3 with one scale per output channel [out] float32."""
+    codes = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(weight.shape[0], device=weight.device, dtype=torch.float32)
+    return torch_ops.quantize_rows(weight, codes, scale), scale
+
+
 @dataclass
 class Linear:
-    """Weight [out, in] and bias [out]; fused projections are stacked along `out`."""
+    """Weight [out, in] and bias [out]; fused projections are stacked along `out`; in FP8 a scale [out] goes with it."""
 
     weight: torch.Tensor
     bias: torch.Tensor
+    scale: torch.Tensor | None = None
 
 
 class Loader:
     """Copies checkpoint keys to their place on the device, in the working dtype, each exactly once."""
 
-    def __init__(self, source: Mapping[str, torch.Tensor], device: torch.device | str, dtype: torch.dtype) -> None:
-        self.source = source
+    def __init__(
+        self, source: Mapping[str, torch.Tensor], device: torch.device | str, dtype: torch.dtype, *, fp8: bool = False
+    ) -> None:
+        self.source, self.fp8 = source, fp8
         self.device = torch.device(device)
         self.dtype = dtype
 
@@ -192,6 +226,24 @@ class Loader:
     def linear(self, *modules: str) -> Linear:
         """The linear layer of a module, or several modules with the same input fused into one."""
         return Linear(self.stacked(f"{m}.weight" for m in modules), self.stacked(f"{m}.bias" for m in modules))
+
+    def linear8(self, *modules: str) -> Linear:
+        """`linear` in FP8 where the loader quantises, or where the checkpoint is quantised already."""
+        if not self.fp8:
+            return self.linear(*modules)
+        bias = self.stacked(f"{m}.bias" for m in modules)
+        parts = []
+        for module in modules:
+            key = f"{module}.weight"
+            weight = self.source[key].to(self.device)
+            if f"{key}{SCALE}" in self.source:
+                parts.append((weight, self.source[f"{key}{SCALE}"].to(self.device)))
+            else:
+                parts.append(quantize_weight(weight))
+        codes, scales = zip(*parts, strict=True)
+        # Bytes are joined as bytes, because FP8 has no concatenation of its own everywhere.
+        joined = torch.cat([part.view(torch.uint8) for part in codes]).view(torch.float8_e4m3fn)
+        return Linear(joined, bias, torch.cat(scales).float())
 
     def linear32(self, module: str) -> Linear:
         """The linear (or, flattened, the convolution) layer of an fp32 region."""
