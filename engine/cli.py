@@ -1,4 +1,4 @@
-"""The command `liverelay`: generate, inspect, make-checkpoint, golden. Errors are one line and exit code 1."""
+"""The command `liverelay`: generate, inspect, quantize, kernels, golden, ... Errors are one line and exit code 1."""
 
 from __future__ import annotations
 
@@ -99,6 +99,41 @@ def _make_checkpoint(a: argparse.Namespace) -> int:
     return 0
 
 
+def _quantize(a: argparse.Namespace) -> int:
+    from liverelay.engine.devices import check_device
+    from liverelay.engine.quantize import quantize_checkpoint
+
+    errors = quantize_checkpoint(a.checkpoint, a.out, lora=a.lora, device=check_device(a.device), say=_say)
+    print("relative error of the weights, one scale a row (ours) and one a tensor:")
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for error in errors:
+        name = ".".join("*" if part.isdigit() and i < 3 else part for i, part in enumerate(error.key.split(".")))
+        groups.setdefault(name, []).append((error.rows, error.tensor))
+    for name, pairs in groups.items():
+        rows, tensor = (max(column) for column in zip(*pairs, strict=True))
+        print(f"  {name:44s} {len(pairs):3d} weights   rows at most {rows:.4f}   tensor at most {tensor:.4f}")
+    if a.json is not None:
+        import json
+
+        a.json.write_text(json.dumps([vars(error) for error in errors], indent=1))
+    print(a.out)
+    return 0
+
+
+def _kernels(a: argparse.Namespace) -> int:
+    import torch
+
+    from liverelay.engine.devices import check_device, default_device
+    from liverelay.kernels.dispatch import BACKENDS, available, choose
+
+    device = torch.device(check_device(a.device or default_device()))
+    print(f"kernel backends on {device} (default: {choose(None, device)})")
+    for name in BACKENDS:
+        found = available(name, device)
+        print(f"  {name:8s} {'yes' if found.works else 'no ':3s}  {found.reason}")
+    return 0
+
+
 def _golden(a: argparse.Namespace) -> int:
     from liverelay.engine.golden import DTYPES, GoldenOptions, run
     from liverelay.engine.media import check_writable
@@ -169,6 +204,18 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--preset", default="tiny", help="which sizes (tiny)")
     make.add_argument("--seed", type=int, default=0)
     make.set_defaults(command=_make_checkpoint)
+
+    quantize = commands.add_parser("quantize", help="write a checkpoint with its large products in FP8")
+    quantize.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of published files")
+    quantize.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    quantize.add_argument("--lora", metavar="FILE", help="LoRA file to merge, or 'none' (default: looked for)")
+    quantize.add_argument("--device", default="cpu", help="where to merge and quantise: cpu, cuda or cuda:N (cpu)")
+    quantize.add_argument("--json", type=Path, metavar="FILE", help="also write the error of every weight")
+    quantize.set_defaults(command=_quantize)
+
+    kernels = commands.add_parser("kernels", help="which kernel backends work here, and why not")
+    kernels.add_argument("--device", help="cpu, cuda or cuda:N (a GPU where there is one)")
+    kernels.set_defaults(command=_kernels)
 
     golden = commands.add_parser("golden", help="run a component on given tensors, to compare with the published one")
     golden.add_argument("component", help="dit, tpp, lora, vae, audio, text or image")

@@ -21,7 +21,7 @@ from liverelay.engine.models.image import as_image, choose_size, prepare_image
 from liverelay.engine.models.layers import TextCondition
 from liverelay.engine.models.text import TextEncoder
 from liverelay.engine.models.vae import VAE
-from liverelay.engine.models.weights import open_pth
+from liverelay.engine.models.weights import is_quantized, open_pth
 from liverelay.engine.relay.rollout import Rollout
 from liverelay.engine.relay.stage import StageLine
 
@@ -80,8 +80,9 @@ class Engine:
             raise InputError(f"the engine computes in float32 or bfloat16, not {str(dtype).removeprefix('torch.')}")
         use_exact_float32(device, dtype)
         tell = say or (lambda line: None)
-        tell("loading the transformer" + (f" with the LoRA {files.lora.name}" if files.lora else ", without a LoRA"))
         source, config = files.open_dit(device)
+        merged = f"with the LoRA {files.lora.name}" if files.lora else "without a LoRA"
+        tell("loading the transformer " + ("as it was quantised" if is_quantized(source) else merged))
         dit = DiT.load(source, config, device=device, dtype=dtype, backend=backend, fp8=fp8)
         tell("loading the VAE")
         vae = VAE.load(open_pth(files.vae), device=device, dtype=dtype, backend=backend)

@@ -21,7 +21,15 @@ from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.models.lora import MergedSource
 from liverelay.engine.models.text import text_sizes
 from liverelay.engine.models.vae_config import VAEConfig, expected_shapes
-from liverelay.engine.models.weights import TensorSource, check_dit, check_shapes, open_pth, open_sharded
+from liverelay.engine.models.weights import (
+    SCALE,
+    TensorSource,
+    check_dit,
+    check_shapes,
+    is_quantized,
+    open_pth,
+    open_sharded,
+)
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 GIB = 1 << 30
@@ -99,7 +107,9 @@ def inspect_checkpoint(
         return shapes
 
     report.parts.append(_look("transformer", files.folder, dit))
-    if files.lora is None:
+    if "dit" in sources and is_quantized(sources["dit"]):
+        report.parts.append(Part("LoRA", "-", "not used", note="the transformer is quantised; its LoRA was merged"))
+    elif files.lora is None:
         note = "none found: the base model alone is not distilled to 4 steps"
         report.parts.append(Part("LoRA", "-", "not used", note=note))
     else:
@@ -153,6 +163,13 @@ def _text(files: CheckpointFiles) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _element(key: str, shapes: Mapping[str, tuple[int, ...]], element: int) -> int:
+    """Bytes of one element of a transformer's tensor on the device."""
+    if f"{key}{SCALE}" in shapes:
+        return 1
+    return 4 if key.startswith(_FLOAT32) or key.endswith(("modulation", SCALE)) else element
+
+
 def _fill_memory(
     report: Report, shapes: Mapping[str, tuple[int, ...]], vae_shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
@@ -166,7 +183,7 @@ def _fill_memory(
     element = DTYPE_BYTES[report.dtype]
     memory = report.memory
     memory["transformer"] = sum(
-        _count(shape) * (4 if key.startswith(_FLOAT32) or key.endswith("modulation") else element)
+        _count(shape) * _element(key, shapes, element)
         for key, shape in shapes.items()
     )
     memory["workspace"] = workspace_bytes(config, geometry, element)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from bench.block_step_cpu import SMALL, measure
 from liverelay.engine.models.geometry import Geometry
 
@@ -14,3 +16,10 @@ def test_plain_version_and_engine_agree(seed: int) -> None:
     result = measure(config, Geometry(8, 16, config.head_dim, ring_frames=6), blocks=4, seed=seed)
     assert result["relative_error"] <= 1e-5
     assert result["ratio"] > 0
+
+
+def test_the_page_of_kernels_is_that_of_the_registry() -> None:
+    pytest.importorskip("triton")
+    from bench.kernel_table import DOCUMENT, document
+
+    assert DOCUMENT.read_text() == document(), "run python -m bench.kernel_table --write"

@@ -29,7 +29,7 @@ LAYERS = (
     "relay.rollout",
     "session",
     "engine",
-    "make_checkpoint generate golden",
+    "make_checkpoint generate golden quantize",
     "golden.audio golden.dit golden.image golden.lora golden.text golden.vae",
     "golden.tpp",
     "cli",

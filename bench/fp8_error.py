@@ -1,0 +1,80 @@
+"""`python -m bench.fp8_error --checkpoint DIR`: what FP8 costs, layer by layer, against the same model in bfloat16.
+
+Runs a few blocks of one session with random inputs both ways and prints the relative L2 difference of the hidden
+states after every layer and of the flow; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from liverelay.engine.config import set_process_defaults
+
+set_process_defaults()  # before torch is imported
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from liverelay.engine.checkpoint import find_checkpoint  # noqa: E402
+from liverelay.engine.devices import check_device, default_device  # noqa: E402
+from liverelay.engine.models.dit import DiT  # noqa: E402
+from liverelay.engine.models.geometry import Geometry, reference_position  # noqa: E402
+from liverelay.engine.models.sampler import make_schedule  # noqa: E402
+
+
+@torch.inference_mode()
+def hidden_states(dit: DiT, geometry: Geometry, blocks: int, seed: int) -> dict[str, Tensor]:
+    """Hidden states after every layer, and the flow, of the last of some blocks at the second timestep."""
+    rng, config = torch.Generator().manual_seed(seed), dit.config
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng).to(dit.device, dit.dtype)
+
+    ws, arena, text = dit.make_workspace(geometry), dit.make_arena(geometry), dit.text_condition(
+        noise(32, config.text_dim)
+    )
+    h, w, frames = geometry.latent_h, geometry.latent_w, geometry.frames_per_block
+    tokens = dit.sink_tokens(noise(config.in_channels, 1, h, w), noise(config.in_channels, 19, h, w))
+    dit.prefill(ws, arena, dit.timestep_tables(0.0), text, tokens)
+    tables, kept = dit.timestep_tables(make_schedule().timesteps[1]), dict[str, Tensor]()
+    for block in range(blocks):
+        start = block * frames
+        audio = dit.audio_condition(noise(1, config.audio_states, config.audio_dim, 4 * frames), frames)
+        conditions = (text, audio, dit.pose_condition(None))
+        latent = noise(config.in_channels, frames, h, w)
+
+        def keep(name: str, value: Tensor, last: bool = block == blocks - 1) -> None:
+            if last and name.startswith("hidden.after_audio."):
+                kept[name.removeprefix("hidden.after_audio.")] = value.double().cpu()
+
+        flow = dit.block_step(
+            ws, arena, tables, latent, start, reference_position(start, 9), conditions, tap=keep
+        )
+    return kept | {"flow": flow.double().cpu()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.fp8_error", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--latent", type=int, nargs=2, default=(16, 16), metavar=("H", "W"))
+    parser.add_argument("--blocks", type=int, default=5)
+    arguments = parser.parse_args()
+    device, states = check_device(arguments.device), []
+    source, config = find_checkpoint(arguments.checkpoint).open_dit(device)
+    for fp8 in (False, True):
+        dit = DiT.load(source, config, device=device, dtype=torch.bfloat16, fp8=fp8)
+        states.append(hidden_states(dit, Geometry(*arguments.latent, config.head_dim), arguments.blocks, seed=0))
+    errors = {}
+    print("after layer   FP8 against bfloat16, relative L2")
+    for name, exact in states[0].items():
+        errors[name] = float((states[1][name] - exact).norm() / exact.norm())
+        print(f"{name:>11s}   {errors[name]:.4f}")
+    print(json.dumps(errors))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
