@@ -123,7 +123,8 @@ def _quantize(a: argparse.Namespace) -> int:
 def _kernels(a: argparse.Namespace) -> int:
     import torch
 
-    from liverelay.engine.devices import check_device, default_device
+    from liverelay.engine.devices import check_device, default_device, default_dtype
+    from liverelay.kernels.attention_backends import candidates, try_out
     from liverelay.kernels.dispatch import BACKENDS, available, choose
 
     device = torch.device(check_device(a.device or default_device()))
@@ -131,6 +132,11 @@ def _kernels(a: argparse.Namespace) -> int:
     for name in BACKENDS:
         found = available(name, device)
         print(f"  {name:8s} {'yes' if found.works else 'no ':3s}  {found.reason}")
+    print("attention:")
+    like = torch.zeros(1, device=device, dtype=default_dtype(device))
+    shape = (3168, 15312, 40, 128) if device.type == "cuda" else (96, 464, 4, 32)
+    for trial in try_out(candidates(device, available("triton", device).works), shape, like):
+        print(f"  {trial.name:18s} " + (f"no   {trial.fault}" if trial.fault else f"yes  {1e3 * trial.seconds:.2f} ms"))
     return 0
 
 

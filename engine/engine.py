@@ -46,6 +46,8 @@ class Engine:
     def __init__(self, files: CheckpointFiles, dit: DiT, vae: VAE, audio: AudioEncoder, stream: StreamConfig) -> None:
         self.files, self.dit, self.vae, self.audio, self.stream = files, dit, vae, audio, stream
         self.lock = threading.RLock()
+        self._backend: str | None = None  # a name forces all operators to it
+        self._say: Say = lambda line: None
         self._lines: dict[Geometry, StageLine] = {}
         self._texts: dict[str, TextCondition] = {}
 
@@ -93,7 +95,9 @@ class Engine:
                 f"{files.audio} gives {audio.num_states} states of width {audio.width}, "
                 f"the transformer expects {config.audio_states} of {config.audio_dim}"
             )
-        return cls(files, dit, vae, audio, stream or StreamConfig())
+        engine = cls(files, dit, vae, audio, stream or StreamConfig())
+        engine._backend, engine._say = backend, tell
+        return engine
 
     def open(
         self,
@@ -135,7 +139,11 @@ class Engine:
         geometry = Geometry(
             latent_h, latent_w, self.dit.config.head_dim, self.stream.frames_per_block, self.stream.ring_frames
         )
-        found = self._lines.pop(geometry, None) or StageLine(self.dit, geometry, self.stream)
+        found = self._lines.pop(geometry, None)
+        if found is None:
+            if not self._lines and self._backend is None:
+                self.dit.choose_attention(geometry, self._say)
+            found = StageLine(self.dit, geometry, self.stream)
         self._lines[geometry] = found  # the latest last
         while len(self._lines) > KEPT_LINES:  # a line's buffers are some hundred MB at 14B; open sessions keep theirs
             del self._lines[next(iter(self._lines))]

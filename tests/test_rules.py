@@ -22,7 +22,7 @@ ENVIRONMENT = {"engine/config.py"}  # the only files that may read the environme
 LAYERS = (
     "errors version progress models.sampler models relay",
     "config devices native media models.geometry models.lora models.image models.vae_config telemetry",
-    "cache models.weights models.vae_layers",
+    "cache models.weights models.vae_layers models.workspace",
     "checkpoint models.layers models.audio models.text models.vae",
     "models.dit models.audio_live",
     "inspection relay.stage",

@@ -16,17 +16,7 @@ from torch import Tensor
 from liverelay.engine.cache import Arena
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.errors import InputError
-from liverelay.engine.models.geometry import (
-    MOTION_BUCKETS,
-    MOTION_LATENTS,
-    REFERENCE_POSITION,
-    Angles,
-    Geometry,
-    angles,
-    grid_angles,
-    motion_angles,
-    split_pairs,
-)
+from liverelay.engine.models.geometry import MOTION_BUCKETS, MOTION_LATENTS, REFERENCE_POSITION, Geometry
 from liverelay.engine.models.layers import (
     ADAIN_EPS,
     AudioCondition,
@@ -40,68 +30,13 @@ from liverelay.engine.models.layers import (
     timestep_tables,
 )
 from liverelay.engine.models.weights import Linear
+from liverelay.engine.models.workspace import Workspace
 from liverelay.kernels import dispatch
+from liverelay.kernels.attention_backends import Attention, candidates, fastest, try_out
 from liverelay.kernels.contract import Norm, Place, Update
 
 Tap = Callable[[str, Tensor], None]
 NOISY, REFERENCE, MOTION = 0, 1, 2
-FP8 = torch.float8_e4m3fn
-
-
-class RopeTable:
-    """cos and sin [T, d/2] float32 of a token grid, kept on the device; only the time columns ever change."""
-
-    def __init__(self, table: Angles, frames: int, head_dim: int, device: torch.device) -> None:
-        self.cos, self.sin = (torch.from_numpy(part).to(device=device, dtype=torch.float32) for part in table)
-        self._pairs = split_pairs(head_dim)[0]
-        self._times = [part.view(frames, -1, part.shape[1])[:, :, : self._pairs] for part in (self.cos, self.sin)]
-
-    @property
-    def both(self) -> tuple[Tensor, Tensor]:
-        return self.cos, self.sin
-
-    def fill_times(self, first: int) -> None:
-        """Set the latent frames' RoPE times to first, first + 1, ...: exact at any position (design section 2.3)."""
-        frames = self._times[0].shape[0]
-        for place, part in zip(self._times, angles(range(first, first + frames), self._pairs), strict=True):
-            place.copy_(torch.from_numpy(part).unsqueeze(1))
-
-
-class Workspace:
-    """The static buffers of one device and resolution. Stages on the same device that run in turn share them."""
-
-    def __init__(
-        self, config: DiTConfig, geometry: Geometry, device: torch.device, dtype: torch.dtype, *, fp8: bool = False
-    ) -> None:
-        tokens = max(geometry.block_tokens, geometry.sink_tokens)
-        width, heads = config.dim, (config.num_heads, config.head_dim)
-
-        def make(*shape: int, of: torch.dtype = dtype) -> Tensor:
-            return torch.empty((tokens, *shape), device=device, dtype=of)
-
-        self.geometry = geometry
-        self.x = make(width)  # the residual stream between layers
-        # What the next product reads: a norm's or attention's result, and the feed-forward's; in FP8 with row scales.
-        self.h = make(width, of=FP8 if fp8 else dtype)
-        self.h_scale = make(of=torch.float32) if fp8 else None
-        self.wide = make(config.ffn_dim, of=FP8) if fp8 else None
-        self.y = [make(width) for _ in range(3)]  # what self-attention, cross attention and feed-forward add to it
-        self.qk, self.ffn = make(2 * width), make(config.ffn_dim)
-        self.q, self.attended = make(*heads), make(*heads)
-        self.head = make(width, of=torch.float32)
-        self.place = Place.make(device)
-        self.flow = make(4 * config.in_channels)
-        head_dim, rows, cols = config.head_dim, range(geometry.rows), range(geometry.cols)
-        frames = geometry.frames_per_block
-        self.block_rope = RopeTable(grid_angles(range(frames), rows, cols, head_dim), frames, head_dim, device)
-        reference = grid_angles([REFERENCE_POSITION], rows, cols, head_dim)
-        self.reference_rope = RopeTable(reference, 1, head_dim, device)
-        motion = motion_angles(geometry)
-        cos, sin = (
-            torch.cat([first, torch.from_numpy(second).to(device=device, dtype=torch.float32)])
-            for first, second in zip(self.reference_rope.both, motion, strict=True)
-        )
-        self.sink_rope = (cos, sin)
 
 
 class DiT:
@@ -114,6 +49,7 @@ class DiT:
         self.device = weights.patch.weight.device
         try:
             self.ops: ModuleType = dispatch.get(backend, self.device)
+            self.attention: Attention = self.ops.attention
         except ValueError as error:
             raise InputError(str(error)) from None
 
@@ -139,6 +75,20 @@ class DiT:
 
     def make_arena(self, geometry: Geometry) -> Arena:
         return Arena(self.config, geometry, self.device, self.dtype)
+
+    def choose_attention(self, geometry: Geometry, say: Callable[[str], None]) -> None:
+        """Take the fastest attention that is right on this device and resolution (on a CPU there is one)."""
+        found = candidates(self.device, dispatch.available("triton", self.device).works)
+        if len(found) < 2:
+            return
+        shape = (geometry.block_tokens, geometry.arena_tokens, self.config.num_heads, self.config.head_dim)
+        trials = try_out(found, shape, self.weights.kinds)
+        best = fastest(trials)
+        for trial in trials:
+            say(f"attention {trial.name}: " + (trial.fault or f"{1e3 * trial.seconds:.2f} ms, error {trial.error:.1e}"))
+        if best is not None:
+            say(f"attention: {best.name} is taken")
+            self.attention = found[best.name]
 
     def timestep_tables(self, timestep: float) -> TimestepTables:
         return timestep_tables(self.weights, self.config, timestep)
@@ -327,7 +277,7 @@ class DiT:
         q, attended = ws.q[:tokens], ws.attended[:tokens]
         own, cross, forward = (y[:tokens] for y in ws.y)
 
-        ops.attention(q, keys[0], keys[1], attended, keys[2])
+        self.attention(q, keys[0], keys[1], attended, keys[2])
         self._project_out(ws, layer.self_attn.out, tokens, own)
         affine, scale = Norm(*layer.norm3, plus_one=False, round_input=True), _rows(ws.h_scale, tokens)
         ops.residual_norm(x, [(own, gate1)], affine, h, eps=eps, scale_out=scale)
@@ -335,7 +285,7 @@ class DiT:
         attn = layer.cross_attn
         self._linear(h, scale, attn.first, cross)
         ops.rms_norm(cross, attn.norm_q, q.flatten(1), eps=eps)
-        ops.attention(q, text.k[i], text.v[i], attended)
+        self.attention(q, text.k[i], text.v[i], attended, None)
         self._project_out(ws, attn.out, tokens, cross)
         ops.residual_norm(x, [(own, gate1), (cross, None)], Norm(scale2, shift2), h, eps=eps, scale_out=scale)
 

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from liverelay.engine.cache import Arena
 from liverelay.engine.config import StreamConfig
-from liverelay.engine.models.dit import DiT, Workspace
+from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.models.layers import AudioCondition, TextCondition
 from liverelay.engine.models.sampler import Schedule, make_schedule
+from liverelay.engine.models.workspace import Workspace
 
 
 class Stage:

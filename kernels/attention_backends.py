@@ -1,0 +1,133 @@
+"""Who computes attention: our kernels or a library's, whatever is fastest on this device and right.
+
+All take (q, k, v, out, place) as `torch_ops.attention` does. At start the engine runs every candidate on the real
+shapes, drops what fails or differs from float32 PyTorch by more than its dtype allows, and takes the fastest.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from liverelay.kernels import torch_ops
+from liverelay.kernels.contract import Place
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Place | None], Tensor]
+FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")  # third, fourth, second generation
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How one candidate did: seconds of a call, relative error, and why it cannot be taken (empty: it can)."""
+
+    name: str
+    seconds: float
+    error: float
+    fault: str
+
+
+def library(backend: SDPBackend) -> Attention:
+    """PyTorch's attention through one of its own backends."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
+        with sdpa_kernel(backend):
+            return torch_ops.attention(q, k, v, out, place)
+
+    return attention
+
+
+def flash_attention() -> Attention | None:
+    """The flash-attn package of any generation; None where none can be imported."""
+    for name in FLASH_MODULES:
+        try:
+            return through(importlib.import_module(name).flash_attn_func)
+        except (ImportError, AttributeError, OSError):
+            continue
+    return None
+
+
+def through(flash_attn_func: Callable[..., Any]) -> Attention:
+    """flash-attn's function with our arguments; some generations return the log-sums too."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
+        rows = k.shape[0] if place is None else place.valid
+        result = flash_attn_func(q.unsqueeze(0), k[:rows].unsqueeze(0), v[:rows].unsqueeze(0))
+        result = result[0] if isinstance(result, tuple) else result
+        return out.copy_(result.view(out.shape))
+
+    return attention
+
+
+def candidates(device: torch.device, triton_works: bool) -> dict[str, Attention]:
+    """Every implementation that may work on the device, by name; only PyTorch's own on a CPU."""
+    if device.type != "cuda":
+        return {"torch": torch_ops.attention}
+    found: dict[str, Attention] = {
+        "sdpa-cudnn": library(SDPBackend.CUDNN_ATTENTION), "sdpa-flash": library(SDPBackend.FLASH_ATTENTION),
+        "sdpa-efficient": library(SDPBackend.EFFICIENT_ATTENTION),
+    }  # fmt: skip
+    flash = flash_attention()
+    if flash is not None:
+        found["flash-attn"] = flash
+    if triton_works:
+        kernels = importlib.import_module("liverelay.kernels.attention")
+        found |= {"triton-pointer": kernels.attention_pointer, "triton-descriptor": kernels.attention_descriptor}
+    return found
+
+
+def seconds_of(attention: Attention, case: tuple[Tensor, Tensor, Tensor, Tensor, Place | None]) -> float:
+    """Best of a few calls, measured on the device."""
+    import time
+
+    cuda, best = case[0].is_cuda, math.inf
+    for _ in range(REPEATS):
+        if cuda:
+            torch.cuda.synchronize(case[0].device)
+        started = time.perf_counter()
+        attention(*case)
+        if cuda:
+            torch.cuda.synchronize(case[0].device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def try_out(found: Mapping[str, Attention], shape: tuple[int, int, int, int], like: Tensor) -> list[Trial]:
+    """Run every candidate on random tensors; shape: tokens, rows, heads, head size; like: gives device and dtype.
+
+    A library that is missing or does not take the shape raises its own error, which becomes the trial's fault.
+    """
+    tokens, rows, heads, head_dim = shape
+    rng = torch.Generator(device=like.device).manual_seed(0)
+
+    def noise(count: int) -> Tensor:
+        return torch.randn(count, heads, head_dim, generator=rng, device=like.device).to(like.dtype)
+
+    q, k, v = noise(tokens), noise(rows), noise(rows)
+    place, out = Place.make(like.device).fill(0, rows, False), torch.empty_like(q)
+    part = slice(0, min(64, tokens))  # enough queries to see whether it is right
+    exact = torch_ops.attention(q[part].float(), k.float(), v.float(), torch.empty_like(q[part], dtype=torch.float32))
+    allowed, trials = 8 * torch.finfo(like.dtype).eps, []
+    for name, attention in found.items():
+        try:
+            out.fill_(float("nan"))
+            attention(q, k, v, out, place)
+            error = float((out[part].float() - exact).norm() / exact.norm())
+            fault = "" if error <= allowed else f"its error is {error:.1e}, at most {allowed:.1e} is allowed"
+            trials.append(Trial(name, seconds_of(attention, (q, k, v, out, place)), error, fault))
+        except Exception as problem:  # of somebody else's library: whatever it raises, we do without it
+            line = (str(problem).strip() or repr(problem)).splitlines()[0]
+            trials.append(Trial(name, math.inf, math.nan, line[:120]))
+    return trials
+
+
+def fastest(trials: list[Trial]) -> Trial | None:
+    """The fastest trial without a fault."""
+    return min((trial for trial in trials if not trial.fault), key=lambda trial: trial.seconds, default=None)

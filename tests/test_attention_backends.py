@@ -1,0 +1,72 @@
+"""The attention that is taken is right and the fastest; what fails or is wrong is left out, with its reason."""
+
+from __future__ import annotations
+
+import sys
+import time
+import types
+
+import pytest
+import torch
+from torch import Tensor
+
+from liverelay.kernels import torch_ops
+from liverelay.kernels.attention_backends import candidates, fastest, flash_attention, try_out
+from liverelay.kernels.contract import Place
+
+LIKE = torch.zeros(1)
+SHAPE = (12, 40, 2, 16)
+
+
+def slow(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
+    time.sleep(0.02)
+    return torch_ops.attention(q, k, v, out, place)
+
+
+def wrong(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
+    return torch_ops.attention(q, k, v, out, place).mul_(1.01)
+
+
+def failing(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
+    raise RuntimeError("no kernel for this head size\nand a long story")
+
+
+def unwritten(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
+    return out
+
+
+def test_the_fastest_right_one_is_taken() -> None:
+    found = {"slow": slow, "wrong": wrong, "failing": failing, "unwritten": unwritten, "plain": torch_ops.attention}
+    trials = {trial.name: trial for trial in try_out(found, SHAPE, LIKE)}
+    best = fastest(list(trials.values()))
+    assert best is not None and best.name == "plain" and best.error < 1e-6
+    assert trials["slow"].seconds > 0.02 and not trials["slow"].fault
+    assert "error" in trials["wrong"].fault and "error" in trials["unwritten"].fault
+    assert trials["failing"].fault == "no kernel for this head size"
+
+
+def test_without_a_right_one_there_is_none() -> None:
+    assert fastest(try_out({"wrong": wrong}, SHAPE, LIKE)) is None
+
+
+def test_a_cpu_has_pytorch_alone() -> None:
+    assert list(candidates(torch.device("cpu"), triton_works=True)) == ["torch"]
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_flash_attn_of_any_generation_is_used_where_it_imports(monkeypatch: pytest.MonkeyPatch, pair: bool) -> None:
+    for name in ("flash_attn", "flash_attn_interface", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert flash_attention() is None
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> object:
+        out = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+        return (out, None) if pair else out
+
+    module = types.ModuleType("flash_attn_interface")
+    module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    attention = flash_attention()
+    assert attention is not None
+    (trial,) = try_out({"flash-attn": attention}, SHAPE, LIKE)
+    assert not trial.fault and trial.error < 1e-6
