@@ -1,0 +1,398 @@
+"""`python -m bench.micro`: every kernel of the registry against the machine's ceilings, plain PyTorch and libraries.
+
+Each kernel is first checked on this device, on reduced dims against its float64 reference and on the timed dims
+against plain PyTorch; a red one gets no time. On a GPU each check is a process of its own, so that a kernel that
+crashes spoils no other. Columns: bench/README.md. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from liverelay.engine.config import set_process_defaults
+
+set_process_defaults()  # before torch is imported
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from bench import timing  # noqa: E402
+from bench.timing import Ceilings, one_line  # noqa: E402
+from liverelay.kernels import attention_backends, torch_ops  # noqa: E402
+from liverelay.kernels.launch import INTERPRETED  # noqa: E402
+from liverelay.kernels.registry import KERNELS  # noqa: E402
+from liverelay.kernels.spec import Case, Dims, KernelSpec  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECK_SECONDS = 120  # of one kernel's check, compilation included
+VERDICT = "check: "
+
+
+@dataclass
+class Row:
+    """One kernel at one size. state: ok, red, skipped or plain only; seconds, spread and notes by contender."""
+
+    kernel: str
+    dims: str
+    dtype: str
+    state: str = "ok"
+    note: str = ""
+    bytes: float = 0.0
+    flops: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    spread: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def best_library(self) -> str | None:
+        there = [name for name in self.seconds if name not in ("kernel", "plain", "compile")]
+        return min(there, key=lambda name: self.seconds[name], default=None)
+
+    def bound(self, ceilings: Ceilings) -> str:
+        """What limits it at best: the time its bytes take, or that of its operations."""
+        return "memory" if self.bytes / ceilings.copy >= self.flops / ceilings.matmul else "compute"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line chose. deadline: on time.monotonic's clock; isolate: checks in processes of their own."""
+
+    device: torch.device
+    dims: str
+    seconds: float
+    compile_seconds: float
+    deadline: float
+    isolate: bool
+
+    @property
+    def kernels_run(self) -> bool:
+        return self.device.type == "cuda" or INTERPRETED
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+
+# -- inputs and their check --------------------------------------------------------------------------------------------
+
+
+def working_dtype(spec: KernelSpec) -> torch.dtype:
+    return torch.bfloat16 if torch.bfloat16 in spec.dtypes else spec.dtypes[-1]
+
+
+def make_case(spec: KernelSpec, dims: Dims, device: torch.device, seed: int = 0) -> Case:
+    """Inputs; large ones are drawn on the GPU itself where the maker allows it, which takes the host seconds."""
+    if device.type == "cuda":
+        try:
+            with torch.device(device):
+                return spec.make(dims, working_dtype(spec), torch.Generator(device).manual_seed(seed), device)
+        except (RuntimeError, ValueError, TypeError):
+            torch.cuda.empty_cache()
+    return spec.make(dims, working_dtype(spec), torch.Generator().manual_seed(seed), device)
+
+
+def outputs(case: Case) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in case.outputs.items()}
+
+
+def fault_of(got: Tensor, plain: Tensor, exact: Tensor) -> str:
+    """Why `got` is not the result: more than twice the error of plain PyTorch, largest or on average. '' if it is."""
+    eps = torch.finfo(got.dtype).eps if got.dtype.is_floating_point else 0.0
+    found, other, exact = (tensor.double() for tensor in (got, plain, exact))
+    if found.shape != exact.shape or not bool(found.isfinite().all()):
+        return "shape or unwritten elements"
+    error, eager = (found - exact).abs(), (other - exact).abs()
+    for name, size in (("largest", torch.Tensor.amax), ("mean", torch.Tensor.norm)):
+        e, allowed = float(size(error)), 2 * float(size(eager)) + eps * float(size(exact.abs())) + 1e-9
+        if not e <= allowed:
+            return f"{name} error {e:.2g}, allowed {allowed:.2g}"
+    return ""
+
+
+def check(spec: KernelSpec, dims: str, device: torch.device) -> str:
+    """Why the kernel is red on this device; '' when it is right, on all small dims and at the sizes to be timed."""
+    seed = int.from_bytes(os.urandom(3))
+    try:
+        for name, small in spec.small.items():
+            case = make_case(spec, small, device, seed)
+            exact = spec.reference(*case.args, **case.kwargs)
+            spec.launch(*case.args, **case.kwargs)
+            got = outputs(case)
+            spec.plain(*case.args, **case.kwargs)
+            for output, tensor in outputs(case).items():
+                if fault := fault_of(got[output], tensor, exact[output]):
+                    return f"{name}: {output}: {fault} (seed {seed})"
+        for name, large in sizes(spec, dims) if dims == "production" else ():
+            case = make_case(spec, large, device, seed)
+            spec.launch(*case.args, **case.kwargs)
+            got = outputs(case)
+            spec.plain(*case.args, **case.kwargs)
+            for output, tensor in outputs(case).items():
+                ours, plain = got[output].double(), tensor.double()
+                difference = float((ours - plain).norm() / plain.norm())
+                if not difference <= (0.1 if tensor.dtype.itemsize == 1 else 0.02):  # a NaN is not either
+                    return f"{name}: {output} differs from plain PyTorch by {difference:.2g} (seed {seed})"
+        timing.wait(device)
+    except Exception as error:
+        return one_line(error, 300)
+    return ""
+
+
+def check_isolated(spec: KernelSpec, plan: Plan) -> str:
+    """As `check`, in a process of its own, which also compiles plain PyTorch into the cache of torch.compile."""
+    command = [sys.executable, "-m", "bench.micro", "--check", spec.name, "--dims", plan.dims]
+    command += ["--device", plan.device.type, "--compile-seconds", str(plan.compile_seconds)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [*sys.path, str(ROOT)]))}
+    limit = max(1.0, min(CHECK_SECONDS, plan.left()))
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=limit, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL
+        )
+        out, ended = done.stdout, f"ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()[-200:]}"
+    except subprocess.TimeoutExpired as error:
+        out, ended = error.stdout or b"", f"was not done after {limit:.0f} s"
+    verdicts = [line for line in out.decode(errors="replace").splitlines() if line.startswith(VERDICT)]
+    if not verdicts:
+        return f"its check {ended}"
+    verdict = verdicts[-1].removeprefix(VERDICT)
+    return "" if verdict == "ok" else verdict
+
+
+def check_here(spec: KernelSpec, dims: str, device: torch.device, compile_seconds: float) -> int:
+    """What that process does."""
+    fault = check(spec, dims, device)
+    print(f"{VERDICT}{fault or 'ok'}", flush=True)
+    if not fault and not INTERPRETED and compile_seconds >= 1:
+        with contextlib.suppress(Exception), timing.time_box(compile_seconds), torch.inference_mode():
+            for _, large in sizes(spec, dims):
+                torch._dynamo.reset()
+                case = make_case(spec, large, device)
+                torch.compile(spec.plain, dynamic=False)(*case.args, **case.kwargs)
+    return 1 if fault else 0
+
+
+def sizes(spec: KernelSpec, dims: str) -> list[tuple[str, Dims]]:
+    """Named dims to time: all production ones, or the first small one."""
+    return list(spec.production.items()) if dims == "production" else list(spec.small.items())[:1]
+
+
+# -- times -------------------------------------------------------------------------------------------------------------
+
+
+def cases(spec: KernelSpec, dims: Dims, device: torch.device) -> list[Case]:
+    """As many copies of one call's tensors as keep the next call's data out of the GPU's cache."""
+    first = make_case(spec, dims, device)
+    if device.type != "cuda":
+        return [first]
+    needed = max(spec.cost(dims, working_dtype(spec)).bytes, 1.0)
+    return [first, *(copy.deepcopy(first) for _ in range(min(63, int(timing.COLD_BYTES / needed))))]
+
+
+def contend(row: Row, name: str, call: Callable[[Case], Any], given: list[Case], plan: Plan) -> None:
+    """Time one contender; where it cannot run, say why."""
+    try:
+        result = timing.measure([lambda c=c: call(c) for c in given], device=plan.device, seconds=plan.seconds)
+    except Exception as error:
+        row.notes[name] = one_line(error)
+        return
+    row.seconds[name], row.spread[name] = result.seconds, result.spread
+    if result.note:
+        row.notes[name] = result.note
+
+
+def time_row(spec: KernelSpec, row: Row, dims: Dims, plan: Plan) -> None:
+    """Kernel, plain PyTorch and, for attention, the libraries."""
+    given = cases(spec, dims, plan.device)
+    with torch.inference_mode():
+        if row.state == "ok":
+            contend(row, "kernel", lambda c: spec.launch(*c.args, **c.kwargs), given, plan)
+        contend(row, "plain", lambda c: spec.plain(*c.args, **c.kwargs), given, plan)
+        if spec.plain is torch_ops.attention:
+            for name, call in attention_backends.candidates(plan.device, False).items():
+                contend(row, name, lambda c, call=call: call(*c.args), given, plan)
+
+
+def time_compiled(spec: KernelSpec, row: Row, dims: Dims, plan: Plan) -> None:
+    """torch.compile of plain PyTorch, where it is ready within its time box."""
+    torch._dynamo.reset()  # else the eighth size of one function silently runs uncompiled
+    compiled = torch.compile(spec.plain, dynamic=False)
+    given = cases(spec, dims, plan.device)
+    try:
+        with timing.time_box(max(1.0, min(plan.compile_seconds, plan.left()))), torch.inference_mode():
+            compiled(*given[0].args, **given[0].kwargs)
+            timing.wait(plan.device)
+    except Exception as error:
+        row.notes["compile"] = one_line(error)
+        return
+    with torch.inference_mode(), torch.compiler.set_stance("fail_on_recompile"):  # else it runs uncompiled, silently
+        contend(row, "compile", lambda c: compiled(*c.args, **c.kwargs), given, plan)
+
+
+def check_all(specs: list[KernelSpec], plan: Plan) -> dict[str, str]:
+    """Faults by kernel, '' for none."""
+    if not plan.kernels_run:
+        return {}
+    if not plan.isolate:
+        return {spec.name: check(spec, plan.dims, plan.device) for spec in specs}
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
+        faults = list(pool.map(lambda spec: check_isolated(spec, plan), specs))
+    return {spec.name: fault for spec, fault in zip(specs, faults, strict=True)}
+
+
+def first_rows(specs: list[KernelSpec], plan: Plan, faults: dict[str, str]) -> list[tuple[KernelSpec, Row, Dims]]:
+    """A row for each kernel and size, with its state."""
+    arch = 0
+    if plan.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(plan.device)
+        arch = 10 * major + minor
+    rows = []
+    for spec in specs:
+        dtype = working_dtype(spec)
+        for name, dims in sizes(spec, plan.dims):
+            cost = spec.cost(dims, dtype)
+            row = Row(spec.name, name, str(dtype).removeprefix("torch."), bytes=cost.bytes, flops=cost.flops)
+            if not plan.kernels_run:
+                row.state, row.note = "plain only", "no GPU"
+            elif arch and arch < spec.min_arch:
+                row.state, row.note = "skipped", f"needs sm_{spec.min_arch}, this is sm_{arch}"
+            elif fault := faults.get(spec.name, "not checked"):
+                row.state, row.note = "red", fault
+            rows.append((spec, row, dims))
+    return rows
+
+
+# -- what is printed ---------------------------------------------------------------------------------------------------
+
+HEAD = ("kernel", "dims", "us", "+-%", "GB/s", "%copy", "TFLOP/s", "%mm", "bound", "x plain", "x compile", "x library")
+
+
+def cells(row: Row, ceilings: Ceilings) -> list[str]:
+    """One line of the table. Ratios above 1: our kernel is faster. Without a kernel's time, the figures are plain's."""
+    ours = "kernel" if "kernel" in row.seconds else "plain"
+    took = row.seconds.get(ours)
+    name = row.kernel if ours == "kernel" else f"{row.kernel} ({row.state})"
+    if took is None:
+        return [name, row.dims, *["-"] * (len(HEAD) - 2)]
+
+    def ratio(other: str | None) -> str:
+        return f"{row.seconds[other] / took:.2f}" if other in row.seconds and ours == "kernel" else "-"
+
+    library = row.best_library
+    return [
+        name, row.dims, f"{1e6 * took:.1f}", f"{100 * row.spread[ours]:.0f}", f"{row.bytes / took / 1e9:.0f}",
+        f"{100 * row.bytes / took / ceilings.copy:.0f}", f"{row.flops / took / 1e12:.2f}",
+        f"{100 * row.flops / took / ceilings.matmul:.0f}", row.bound(ceilings), ratio("plain"), ratio("compile"),
+        ratio(library) + (f" {library}" if library else ""),
+    ]  # fmt: skip
+
+
+def headline(rows: list[Row], ceilings: Ceilings) -> str:
+    """The run in one line."""
+    timed = [row for row in rows if "kernel" in row.seconds]
+    red = sorted({row.kernel for row in rows if row.state == "red"})
+    memory = sorted(r.bytes / r.seconds["kernel"] / ceilings.copy for r in timed if r.bound(ceilings) == "memory")
+    text = f"{len(timed)} of {len(rows)} rows timed" + (f", RED: {', '.join(red)}" if red else ", none red")
+    middle = f"{100 * memory[len(memory) // 2]:.0f}" if memory else "-"
+    return f"{text}; memory-bound kernels at {middle}% of copy (median)"
+
+
+def report(rows: list[Row], ceilings: Ceilings) -> str:
+    """Table, then each note with the rows that it belongs to."""
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        said = [f"{row.state}: {row.note}"] if row.note and row.state != "plain only" else []
+        for note in [*said, *(f"{name}: {note}" for name, note in row.notes.items())]:
+            notes.setdefault(note, []).append(f"{row.kernel} [{row.dims}]")
+    lines = [timing.table(HEAD, [cells(row, ceilings) for row in rows]), ""]
+    for note, where in notes.items():
+        more = f" and {len(where) - 2} more" if len(where) > 2 else ""
+        lines.append(f"{', '.join(where[:2])}{more}: {note}")
+    return "\n".join(lines)
+
+
+def run(specs: list[KernelSpec], plan: Plan, path: Path | None) -> tuple[list[Row], Ceilings]:
+    """Ceilings, checks, times; the file is written anew after every row."""
+    ceilings = timing.ceilings(plan.device, min(0.2, plan.seconds))
+    machine = timing.machine(plan.device)
+    print(f"{machine.get('gpu', machine['cpu'])}; torch {machine['torch']}, triton {machine['triton']}")
+    print(f"ceilings: {ceilings.text}", *(f"({note})" for note in ceilings.notes), flush=True)
+    todo = first_rows(specs, plan, check_all(specs, plan))
+    rows = [row for _, row, _ in todo]
+
+    def keep() -> None:
+        content = {"machine": machine, "ceilings": vars(ceilings), "headline": headline(rows, ceilings)}
+        timing.save(path, content | {"rows": [asdict(row) for row in rows]})
+
+    steps: list[tuple[str, Callable[..., None]]] = [("kernel", time_row)]
+    steps += [("compile", time_compiled)] if plan.compile_seconds >= 1 and not INTERPRETED else []
+    for name, step in steps:
+        for spec, row, dims in todo:
+            if row.state not in ("ok", "plain only"):
+                continue
+            if plan.left() < 0:
+                row.notes[name] = "skipped: no time left"
+                continue
+            try:
+                step(spec, row, dims, plan)
+            except Exception as error:  # such as no memory for the inputs
+                row.notes[name] = one_line(error)
+            if plan.device.type == "cuda":
+                torch.cuda.empty_cache()
+            keep()
+    keep()
+    return rows, ceilings
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.micro", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kernel", default="", help="only kernels whose name holds this")
+    parser.add_argument("--json", type=Path, help="write the results here, after every row")
+    parser.add_argument("--plot", type=Path, help="write a roofline picture here")
+    parser.add_argument("--seconds", type=float, default=0.2, help="of each measurement")
+    parser.add_argument("--dims", choices=("production", "small"), default="production")
+    parser.add_argument("--device", choices=("cuda", "cpu"))
+    parser.add_argument("--compile-seconds", type=float, default=25, help="time box of one torch.compile, 0: none")
+    parser.add_argument("--budget", type=float, default=1e6, help="seconds after which what is left is skipped")
+    parser.add_argument("--isolate", action=argparse.BooleanOptionalAction, help="checks in own processes")
+    parser.add_argument("--check", metavar="KERNEL", help="only check this kernel; status 1 when it is red")
+    arguments = parser.parse_args(argv)
+    device = timing.pick_device(arguments.device)
+    if INTERPRETED and device.type == "cuda":
+        parser.error("TRITON_INTERPRET=1 is for CPUs: unset it, or give --device cpu")
+    if arguments.check:
+        spec = next(spec for spec in KERNELS if spec.name == arguments.check)
+        return check_here(spec, arguments.dims, device, arguments.compile_seconds)
+    isolate = device.type == "cuda" if arguments.isolate is None else arguments.isolate
+    deadline = time.monotonic() + arguments.budget
+    plan = Plan(device, arguments.dims, arguments.seconds, arguments.compile_seconds, deadline, isolate)
+    specs = [spec for spec in KERNELS if arguments.kernel in spec.name]
+    if not specs:
+        parser.error(f"no kernel's name holds '{arguments.kernel}'")
+    if not plan.kernels_run:
+        print("no GPU: Triton's kernels cannot run here; only plain PyTorch is timed (TRITON_INTERPRET=1 checks them)")
+    elif INTERPRETED:
+        print("Triton's interpreter: the kernels are checked; their times mean nothing")
+    rows, ceilings = run(specs, plan, arguments.json)
+    print(report(rows, ceilings))
+    if arguments.plot:
+        points = [(row.kernel, name, row.flops / row.bytes, row.flops / took)
+                  for row in rows for name, took in row.seconds.items() if name in ("plain", "kernel") and row.flops]
+        print(timing.roofline(points, ceilings, arguments.plot))
+    print(headline(rows, ceilings))
+    print(json.dumps({"ceilings": vars(ceilings), "rows": [asdict(row) for row in rows]}))
+    return 1 if any(row.state == "red" or ("kernel" in row.notes and row.state == "ok") for row in rows) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
