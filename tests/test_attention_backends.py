@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from liverelay.engine.cli import main
 from liverelay.kernels import torch_ops
 from liverelay.kernels.attention_backends import candidates, fastest, flash_attention, try_out
 from liverelay.kernels.contract import Place
@@ -70,3 +71,11 @@ def test_flash_attn_of_any_generation_is_used_where_it_imports(monkeypatch: pyte
     assert attention is not None
     (trial,) = try_out({"flash-attn": attention}, SHAPE, LIKE)
     assert not trial.fault and trial.error < 1e-6
+
+
+def test_kernels_command_says_what_works_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kernels", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "default: torch" in printed and "no GPU" in printed and " ms" in printed
+    assert main(["kernels", "--device", "tpu"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1

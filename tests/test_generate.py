@@ -55,6 +55,7 @@ def names(folder: Path) -> list[str]:
         (1.0, 8000, 1, ["--live"]),
         (0.02, 48000, 1, []),
         (2.0, 22050, 3, ["--seconds", "0.6"]),
+        (0.4, 16000, 1, ["--fp8"]),
     ],
 )
 def test_video_lasts_as_long_as_the_sound(
