@@ -36,3 +36,15 @@ def use_exact_float32(device: str, dtype: torch.dtype) -> None:
     """Where float32 was asked for, a GPU's convolutions are float32 too: cuDNN's default is TF32 (for the process)."""
     if dtype == torch.float32 and torch.device(device).type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
+
+
+def check_fp8(device: str, dtype: torch.dtype) -> None:
+    """InputError where a GPU has no FP8 products, or has them in bfloat16 only. A CPU computes what they would give."""
+    kind = torch.device(device)
+    if kind.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(kind)
+    if (major, minor) < (8, 9):
+        raise InputError(f"FP8 needs a GPU of sm_89 or later, {device} is sm_{major}{minor}; leave --fp8 out")
+    if dtype != torch.bfloat16:
+        raise InputError("FP8 on a GPU goes with bfloat16; leave --dtype float32 or --fp8 out")

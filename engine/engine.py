@@ -12,7 +12,7 @@ from torch import Tensor
 
 from liverelay.engine.checkpoint import CheckpointFiles, find_checkpoint
 from liverelay.engine.config import DEFAULT_MAX_SIZE, StreamConfig
-from liverelay.engine.devices import check_device, default_device, default_dtype, use_exact_float32
+from liverelay.engine.devices import check_device, check_fp8, default_device, default_dtype, use_exact_float32
 from liverelay.engine.errors import CheckpointError, InputError
 from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
@@ -84,6 +84,8 @@ class Engine:
         tell = say or (lambda line: None)
         source, config = files.open_dit(device)
         merged = f"with the LoRA {files.lora.name}" if files.lora else "without a LoRA"
+        if fp8 or is_quantized(source):
+            check_fp8(device, dtype)
         tell("loading the transformer " + ("as it was quantised" if is_quantized(source) else merged))
         dit = DiT.load(source, config, device=device, dtype=dtype, backend=backend, fp8=fp8)
         tell("loading the VAE")

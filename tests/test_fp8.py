@@ -12,6 +12,8 @@ from torch import Tensor
 
 from liverelay.engine.checkpoint import find_checkpoint
 from liverelay.engine.cli import main
+from liverelay.engine.devices import check_fp8
+from liverelay.engine.errors import InputError
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.quantize import quantize_checkpoint
@@ -122,3 +124,15 @@ def test_quantize_command_tells_errors_and_refuses(
     lora = str(checkpoint / "LiveAvatar" / "liveavatar.safetensors")
     assert main([*again, "--lora", lora]) == 1 and "--lora" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["errors.json", "fp8"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "word"), [((8, 0), torch.bfloat16, "sm_89"), ((9, 0), torch.float32, "bfloat16")]
+)
+def test_gpus_that_cannot_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, word: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(InputError, match=word):
+        check_fp8("cuda", dtype)
+    check_fp8("cpu", dtype)
