@@ -140,6 +140,10 @@ def attention_pointer(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place
     exact, head_tile = q.dtype == torch.float32, max(16, next_power_of_two(head_dim))
     small_memory = arch(q) in (86, 89) or exact or head_tile > 128
     tile_m, tile_n, stages = (64, 32, 2) if exact or head_tile > 128 else (128, 64, 2 if small_memory else 3)
+    if exact and head_tile > 32:  # float32 products without tensor cores keep whole operands in registers
+        tile_m, tile_n = (32, 32) if head_tile == 64 else (16, 16)
+    elif head_tile != head_dim and arch(q) >= 100:
+        tile_n = 32  # masks of an odd head size cost registers
     if not arch(q):  # the interpreter's time goes by tiles, whatever their size
         tile_m, tile_n = 128, 128
     tiles = triton.cdiv(tokens, tile_m) * heads
