@@ -101,8 +101,11 @@ def _make_checkpoint(a: argparse.Namespace) -> int:
 
 def _quantize(a: argparse.Namespace) -> int:
     from liverelay.engine.devices import check_device
+    from liverelay.engine.media import check_writable
     from liverelay.engine.quantize import quantize_checkpoint
 
+    if a.json is not None:
+        check_writable(a.json)
     errors = quantize_checkpoint(a.checkpoint, a.out, lora=a.lora, device=check_device(a.device), say=_say)
     print("relative error of the weights, one scale a row (ours) and one a tensor:")
     groups: dict[str, list[tuple[float, float]]] = {}

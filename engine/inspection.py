@@ -186,7 +186,7 @@ def _fill_memory(
         _count(shape) * _element(key, shapes, element)
         for key, shape in shapes.items()
     )
-    memory["workspace"] = workspace_bytes(config, geometry, element)
+    memory["workspace"] = workspace_bytes(config, geometry, element, fp8=is_quantized(shapes))
     memory["arena_per_session_and_stage"] = arena_bytes(config, geometry, element)
     memory["text_per_session"] = 2 * config.num_layers * config.text_len * config.dim * element
     sizes = {part.name: part for part in report.parts}
@@ -213,10 +213,12 @@ def _fill_memory(
     memory["vae_gpu_one_session"] = vae_total
 
 
-def workspace_bytes(config: DiTConfig, geometry: Geometry, element: int) -> int:
-    """Static buffers of `liverelay.engine.models.dit.Workspace`, RoPE tables included."""
+def workspace_bytes(config: DiTConfig, geometry: Geometry, element: int, *, fp8: bool = False) -> int:
+    """Static buffers of `liverelay.engine.models.workspace.Workspace`, RoPE tables included."""
     tokens = max(geometry.block_tokens, geometry.sink_tokens)
     activations = tokens * (config.dim * 9 + config.ffn_dim + 4 * config.in_channels) * element
+    if fp8:  # what a product reads in one byte a value: the norm's buffer, the feed-forward's beside it, row scales
+        activations += tokens * (config.dim * (1 - element) + config.ffn_dim + 4)
     head = tokens * config.dim * 4
     rope = (geometry.block_tokens + geometry.frame_tokens + geometry.sink_tokens) * config.head_dim * 4
     place = 3 * 4

@@ -110,13 +110,15 @@ class _Shards:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
         self._files: list[list[str]] = []
         self._bytes = 0
 
     def add(self, key: str, tensor: Tensor) -> None:
         self._pending[key] = tensor.cpu()
         self._bytes += tensor.nbytes
-        if sum(each.nbytes for each in self._pending.values()) >= SHARD_BYTES:
+        self._pending_bytes += tensor.nbytes
+        if self._pending_bytes >= SHARD_BYTES:
             self._write()
 
     def _name(self, index: int) -> str:
@@ -125,7 +127,7 @@ class _Shards:
     def _write(self) -> None:
         save_tensors(self._folder / self._name(len(self._files)), self._pending)
         self._files.append(list(self._pending))
-        self._pending = {}
+        self._pending, self._pending_bytes = {}, 0
 
     def finish(self) -> None:
         if self._pending:

@@ -239,9 +239,9 @@ _PRODUCTION = {
 }
 _COMMON = (reference_attention, torch_ops.attention, make_inputs, cost)
 SPECS = [
-    KernelSpec("attention", attention_pointer, *_COMMON, _SMALL | _ODD, _PRODUCTION, dot=True, rounds=2),
+    KernelSpec("attention", attention_pointer, *_COMMON, _SMALL | _ODD, _PRODUCTION, dot=True),
     KernelSpec(
         "attention_descriptor", attention_descriptor, *_COMMON, _SMALL, _PRODUCTION, dtypes=(torch.bfloat16,),
-        min_arch=90, dot=True, rounds=2,
+        min_arch=90, dot=True,
     ),
 ]  # fmt: skip

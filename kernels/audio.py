@@ -16,8 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from liverelay.kernels import torch_ops
-from liverelay.kernels.launch import check, next_power_of_two, refuse, run
-from liverelay.kernels.norm import ELEMENTS
+from liverelay.kernels.launch import ELEMENTS, check, next_power_of_two, refuse, run
 from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, poisoned, random
 
 
@@ -117,6 +116,5 @@ SPECS = [
             "tiny-head": dict(frames=1, frame_tokens=4, heads=5, head_dim=6, count=1),
         },
         production={"14B 704x384": dict(frames=3, frame_tokens=1056, heads=40, head_dim=128, count=5)},
-        rounds=3,
     )
 ]  # fmt: skip

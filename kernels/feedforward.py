@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from liverelay.kernels import torch_ops
-from liverelay.kernels.launch import check, next_power_of_two, run
+from liverelay.kernels.launch import check, next_power_of_two, run, tiling
 from liverelay.kernels.quant import check_quantized, quantized_outputs, reference_rows, store_quantized
 from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, poisoned, random
 
@@ -56,12 +56,9 @@ def gelu_quant(x: Tensor, out: Tensor, scale_out: Tensor) -> Tensor:
     tokens, width = x.shape
     check("gelu_quant", {"x": (x, (tokens, width))})
     check_quantized("gelu_quant", out, scale_out, (tokens, width))
-    tile = next_power_of_two(width)
-    rows = max(1, min(64, 8192 // tile))
-    run(
-        gelu_quant_kernel, triton.cdiv(tokens, rows), x, out, scale_out, x.stride(0), out.stride(0), tokens,
-        WIDTH=width, TILE=tile, ROWS=rows, num_warps=min(16, max(1, rows * tile // 1024)), num_stages=1,
-    )  # fmt: skip
+    tiles = tiling(width)
+    programs = triton.cdiv(tokens, tiles["ROWS"])
+    run(gelu_quant_kernel, programs, x, out, scale_out, x.stride(0), out.stride(0), tokens, **tiles)
     return out
 
 

@@ -207,12 +207,12 @@ PRODUCTION = {"14B 704x384": dict(channels=16, frames=3, rows=88, columns=48, wi
 SPECS = [
     KernelSpec(
         name, embed, reference_embed, torch_ops.embed, make_embed(video), cost_embed(video), SMALL, PRODUCTION,
-        dot=True, rounds=3,
+        dot=True,
     )
     for name, video in (("embed", False), ("embed_pose", True))
 ] + [
     KernelSpec(
         "euler_step", euler_step, reference_euler_step, torch_ops.euler_step, make_euler_step, cost_euler_step, SMALL,
-        PRODUCTION, rounds=2,
+        PRODUCTION,
     )
 ]  # fmt: skip

@@ -92,3 +92,17 @@ def check(kernel: str, tensors: Mapping[str, tuple[Tensor, tuple[int, ...]]]) ->
 def next_power_of_two(value: int) -> int:
     """The smallest power of two that is not smaller."""
     return 1 << max(0, value - 1).bit_length()
+
+
+ELEMENTS = 8192  # of a program: one row of the 14B model, many of a narrow one
+
+
+def tiling(width: int) -> dict[str, int]:
+    """Launch constants of a row kernel: rows a program takes, tile of the width, threads (about 32 elements each)."""
+    tile = next_power_of_two(width)
+    rows = max(1, min(64, ELEMENTS // tile))
+    # Elements of a warp; rows that are not aligned spend registers on addresses.
+    share = 1024 if width % 8 == 0 else 512
+    return {
+        "WIDTH": width, "TILE": tile, "ROWS": rows, "num_warps": min(16, max(1, rows * tile // share)), "num_stages": 1,
+    }  # fmt: skip

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from liverelay.kernels import torch_ops
 from liverelay.kernels.contract import Norm, Update
-from liverelay.kernels.launch import check, next_power_of_two, refuse, run
+from liverelay.kernels.launch import check, refuse, run, tiling
 from liverelay.kernels.quant import check_quantized, quantized_outputs, reference_rows, store_quantized
 from liverelay.kernels.spec import Case, Cost, CostOf, Dims, KernelSpec, MakeCase, poisoned, random
 
@@ -95,20 +95,6 @@ def rms_norm_kernel(
     w = tl.load(weight + offsets, mask=offsets < WIDTH, other=0.0).to(tl.float32)
     result = normed.to(x.dtype.element_ty).to(tl.float32) * w
     tl.store(out + row * out_stride + offsets, result.to(out.dtype.element_ty), mask=mask)
-
-
-ELEMENTS = 8192  # of a program: one row of the 14B model, many of a narrow one
-
-
-def tiling(width: int) -> dict[str, int]:
-    """Launch constants of a row kernel: rows a program takes, tile of the width, threads (about 32 elements each)."""
-    tile = next_power_of_two(width)
-    rows = max(1, min(64, ELEMENTS // tile))
-    # Elements of a warp; rows that are not aligned spend registers on addresses.
-    share = 1024 if width % 8 == 0 else 512
-    return {
-        "WIDTH": width, "TILE": tile, "ROWS": rows, "num_warps": min(16, max(1, rows * tile // share)), "num_stages": 1,
-    }  # fmt: skip
 
 
 def residual_norm(
@@ -247,7 +233,7 @@ def _row(name: str, updates: int, kind: str, writes: int, quantize: bool = False
     return KernelSpec(
         name + ("_quant" if quantize else ""), residual_norm, reference_residual_norm, torch_ops.residual_norm,
         make_residual_norm(updates, kind, quantize), cost_residual_norm(updates, writes, quantize), SMALL, PRODUCTION,
-        rounds=3, min_arch=89 if quantize else 80,
+        min_arch=89 if quantize else 80,
     )  # fmt: skip
 
 
@@ -264,6 +250,5 @@ SPECS = [
     _row("residual3_norm_audio", 3, "audio", 2, quantize=True),
     KernelSpec(
         "rms_norm", rms_norm, reference_rms_norm, torch_ops.rms_norm, make_rms_norm, cost_rms_norm, SMALL, PRODUCTION,
-        rounds=2,
     ),
 ]  # fmt: skip

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from liverelay.kernels import torch_ops
-from liverelay.kernels.launch import check, next_power_of_two, refuse, run
+from liverelay.kernels.launch import check, refuse, run, tiling
 from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, poisoned, random
 
 FP8 = torch.float8_e4m3fn
@@ -54,12 +54,9 @@ def quantize_rows(x: Tensor, out: Tensor, scale_out: Tensor) -> Tensor:
     tokens, width = x.shape
     check("quantize_rows", {"x": (x, (tokens, width)), "out": (out, (tokens, width))})
     check_quantized("quantize_rows", out, scale_out, (tokens, width))
-    tile = next_power_of_two(width)
-    rows = max(1, min(64, 8192 // tile))
-    run(
-        quantize_rows_kernel, triton.cdiv(tokens, rows), x, out, scale_out, x.stride(0), out.stride(0), tokens,
-        WIDTH=width, TILE=tile, ROWS=rows, num_warps=min(16, max(1, rows * tile // 1024)), num_stages=1,
-    )  # fmt: skip
+    tiles = tiling(width)
+    programs = triton.cdiv(tokens, tiles["ROWS"])
+    run(quantize_rows_kernel, programs, x, out, scale_out, x.stride(0), out.stride(0), tokens, **tiles)
     return out
 
 

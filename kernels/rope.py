@@ -19,8 +19,7 @@ from torch import Tensor
 
 from liverelay.kernels import torch_ops
 from liverelay.kernels.contract import Place
-from liverelay.kernels.launch import check, run
-from liverelay.kernels.norm import tiling
+from liverelay.kernels.launch import check, run, tiling
 from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, poisoned, random
 from liverelay.kernels.torch_ops import Table
 
@@ -188,6 +187,5 @@ SPECS = [
         production={
             "14B 704x384": dict(tokens=3168, heads=40, head_dim=128, arena=15312, reference=1056, moved=1),
         },
-        rounds=3,
     )
 ]  # fmt: skip

@@ -6,7 +6,7 @@ A kernel file defines its launcher, its reference and one `KernelSpec`; `kernels
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,8 +42,7 @@ class KernelSpec:
     the inputs as they are (outputs among the arguments are ignored); plain: unfused PyTorch with the same arguments,
     the second opinion of tests and the baseline of benchmarks; make(dims, dtype, generator, device): a Case.
     small and production: named dims; dtypes: working dtypes; min_arch: the lowest CUDA architecture that has it;
-    hot: runs in the stage loop, where a spill fails the gate; dot: has a matrix product, so wgmma is due on sm_90;
-    rounds: roundings to the working dtype between input and output, which scale the tests' tolerance.
+    hot: runs in the stage loop, where a spill fails the gate; dot: has a matrix product, so wgmma is due on sm_90.
     """
 
     name: str
@@ -58,8 +57,6 @@ class KernelSpec:
     min_arch: int = 80
     hot: bool = True
     dot: bool = False
-    rounds: int = 1
-    tags: frozenset[str] = field(default_factory=frozenset)
 
     @property
     def summary(self) -> str:

@@ -15,7 +15,6 @@ def test_plain_version_and_engine_agree(seed: int) -> None:
     config = replace(config, text_len=64)
     result = measure(config, Geometry(8, 16, config.head_dim, ring_frames=6), blocks=4, seed=seed)
     assert result["relative_error"] <= 1e-5
-    assert result["ratio"] > 0
 
 
 def test_the_page_of_kernels_is_that_of_the_registry() -> None:

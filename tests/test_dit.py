@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.errors import CheckpointError, InputError
-from liverelay.engine.models.dit import DiT, _audio_norm, _first_norm, _head_norm
+from liverelay.engine.models.dit import DiT, _audio_norm, _stream_norm
 from liverelay.engine.models.geometry import Geometry, reference_position
 from liverelay.engine.models.weights import dit_shapes
 from liverelay.kernels.contract import Update
@@ -145,12 +145,12 @@ def test_small_magnitudes_show_the_eps_values_and_two_speakers_add_up(golden: Pa
     ws.place.fill(geometry.slot_row(0), geometry.valid_tokens(0), False)
 
     def stream_after(updates: list[Update]) -> Tensor:
-        head = _head_norm(tables.head)
+        head = _stream_norm(tables.head)
         dit.ops.residual_norm(stream.copy_(x), updates, head, ws.head[:count], eps=config.eps, x_out=stream)
         return stream
 
     layer, modulation = dit.weights.layers[0], tables.layers[0]
-    dit.ops.residual_norm(stream.copy_(x), [], _first_norm(modulation), norm, eps=config.eps)
+    dit.ops.residual_norm(stream.copy_(x), [], _stream_norm(modulation), norm, eps=config.eps)
     dit._project(ws, layer, arena, 0, count, ws.block_rope.both)
     updates = dit._attend(ws, layer, modulation, (arena.k[0], arena.v[0], ws.place), text, 0, count)
     assert relative(stream_after(updates), unit["block0_out"][0]) <= 1e-5

@@ -14,11 +14,13 @@ from liverelay.engine.checkpoint import find_checkpoint
 from liverelay.engine.cli import main
 from liverelay.engine.devices import check_fp8
 from liverelay.engine.errors import InputError
+from liverelay.engine.inspection import inspect_checkpoint
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.quantize import quantize_checkpoint
 from liverelay.kernels import torch_ops
 from tests.compare import relative
+from tests.test_checkpoint import tensors_of
 
 FP8 = torch.float8_e4m3fn
 
@@ -106,6 +108,12 @@ def test_a_quantized_checkpoint_is_what_loading_quantizes(checkpoint: Path, tmp_
     before, after = (
         sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (checkpoint, tmp_path / "fp8")
     )
+    memory = inspect_checkpoint(tmp_path / "fp8", size=(64, 64)).memory
+    dit = DiT.load(source, config, dtype=torch.bfloat16)
+    workspace = dit.make_workspace(Geometry(8, 8, config.head_dim))
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(workspace)}
+    assert memory["workspace"] == sum(held.values())
+    assert memory["transformer"] == sum(t.nbytes for t in tensors_of(dit.weights))
     assert after < 0.85 * before  # the tiny model is mostly audio encoder and embeddings
 
 

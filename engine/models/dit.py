@@ -174,7 +174,7 @@ class DiT:
         raw = ws.y[2][:sink].view(sink, self.config.num_heads, -1)
         last = len(self.weights.layers) - 1
         scale = _rows(ws.h_scale, sink)
-        self.ops.residual_norm(x, [], _first_norm(tables.layers[0]), h, eps=self.config.eps, scale_out=scale)
+        self.ops.residual_norm(x, [], _stream_norm(tables.layers[0]), h, eps=self.config.eps, scale_out=scale)
         for i, layer in enumerate(self.weights.layers):
             if tap:
                 tap(f"hidden.{i}", x)
@@ -185,7 +185,7 @@ class DiT:
                 tap(f"cond_v.{i}", arena.v[i, :sink])
             if i < last:  # the last layer's output has no reader
                 updates = self._attend(ws, layer, tables.layers[i], (arena.k[i], arena.v[i], place), text, i, sink)
-                following = _first_norm(tables.layers[i + 1])
+                following = _stream_norm(tables.layers[i + 1])
                 self.ops.residual_norm(x, updates, following, h, eps=self.config.eps, x_out=x, scale_out=scale)
         arena.reference_position = REFERENCE_POSITION
 
@@ -213,7 +213,7 @@ class DiT:
         if tap:
             tap("tokens_in", x)
         # The norm that reads a layer's output is made in the same pass that completes it.
-        norms = [_first_norm(modulation) for modulation in tables.layers] + [_head_norm(tables.head)]
+        norms = [_stream_norm(modulation) for modulation in (*tables.layers, tables.head)]
         injectors, scale = list(self.weights.injectors), _rows(ws.h_scale, tokens)
         self.ops.residual_norm(x, [], norms[0], h, eps=eps, scale_out=scale)
         for i, layer in enumerate(self.weights.layers):
@@ -321,12 +321,8 @@ def _rows(scale: Tensor | None, tokens: int) -> Tensor | None:
     return None if scale is None else scale[:tokens]
 
 
-def _first_norm(modulation: Tensor) -> Norm:
-    """norm1 of a layer: its input is the rounded stream, so its result is rounded too."""
-    return Norm(modulation[1], modulation[0], round_input=True, round_norm=True)
-
-
-def _head_norm(modulation: Tensor) -> Norm:
+def _stream_norm(modulation: Tensor) -> Norm:
+    """norm1 of a layer, or the head's: the input is the rounded stream, so the result is rounded too."""
     return Norm(modulation[1], modulation[0], round_input=True, round_norm=True)
 
 

@@ -40,8 +40,11 @@ def choose_size(height: int, width: int, max_area: int) -> tuple[int, int]:
     return min(floor[0], max(DIVISOR, fitted[0])), min(floor[1], max(DIVISOR, fitted[1]))
 
 
-def load_image(path: str | Path) -> Any:
-    """A picture file as a Pillow RGB image. Transparency is dropped and EXIF orientation ignored, as published."""
+def load_image(path: str | Path, *, strict: bool = False) -> Any:
+    """A picture file as a Pillow RGB image. Transparency is dropped and EXIF orientation ignored, as published.
+
+    strict: kinds that Pillow would clip are refused, where the published code takes them.
+    """
     pillow = _pillow()
     path = Path(path)
     if not path.is_file():
@@ -50,22 +53,21 @@ def load_image(path: str | Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
             with pillow.open(path) as opened:
-                converted = opened.convert("RGB")
-                converted.info["mode"] = opened.mode
-                return converted
+                mode, converted = opened.mode, opened.convert("RGB")
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning):
         raise InputError(f"the image {path} has too many pixels; make it smaller than 9000x9000 first") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise InputError(f"{path} is not a readable image: {error}") from None
+    if strict:
+        _check_mode(mode)
+    return converted
 
 
 def as_image(image: Any) -> Any:
     """A path, a Pillow image or uint8 [h, w, 3] as a Pillow RGB image; InputError for anything else."""
     pillow = _pillow()
     if isinstance(image, str | Path):
-        opened = load_image(image)
-        _check_mode(opened.info.get("mode", ""))
-        return opened
+        return load_image(image, strict=True)
     if isinstance(image, pillow.Image):
         _check_mode(image.mode)
         return image.convert("RGB")
