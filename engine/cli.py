@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from liverelay.engine.config import set_process_defaults
-from liverelay.engine.errors import InputError, LiveRelayError
+from liverelay.engine.errors import InputError, LiveRelayError, OutputError
 from liverelay.engine.version import __version__
 
 INTERRUPTED = 130
@@ -102,10 +102,13 @@ def _make_checkpoint(a: argparse.Namespace) -> int:
 def _quantize(a: argparse.Namespace) -> int:
     from liverelay.engine.devices import check_device
     from liverelay.engine.media import check_writable
-    from liverelay.engine.quantize import quantize_checkpoint
+    from liverelay.engine.quantize import quantize_checkpoint, write_errors
 
     if a.json is not None:
         check_writable(a.json)
+        for folder in (a.checkpoint, a.out):
+            if a.json.resolve().is_relative_to(folder.resolve()):
+                raise OutputError(f"{a.json} lies inside {folder}; give a file beside it")
     errors = quantize_checkpoint(a.checkpoint, a.out, lora=a.lora, device=check_device(a.device), say=_say)
     print("relative error of the weights, one scale a row (ours) and one a tensor:")
     groups: dict[str, list[tuple[float, float]]] = {}
@@ -116,9 +119,7 @@ def _quantize(a: argparse.Namespace) -> int:
         rows, tensor = (max(column) for column in zip(*pairs, strict=True))
         print(f"  {name:44s} {len(pairs):3d} weights   rows at most {rows:.4f}   tensor at most {tensor:.4f}")
     if a.json is not None:
-        import json
-
-        a.json.write_text(json.dumps([vars(error) for error in errors], indent=1))
+        write_errors(a.json, errors)
     print(a.out)
     return 0
 
@@ -130,7 +131,7 @@ def _kernels(a: argparse.Namespace) -> int:
     from liverelay.kernels.attention_backends import candidates, try_out
     from liverelay.kernels.dispatch import BACKENDS, available, choose
 
-    device = torch.device(check_device(a.device or default_device()))
+    device = torch.device(check_device(default_device() if a.device is None else a.device))
     print(f"kernel backends on {device} (default: {choose(None, device)})")
     for name in BACKENDS:
         found = available(name, device)

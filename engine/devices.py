@@ -27,7 +27,7 @@ def check_device(device: str) -> str:
         raise InputError(f"device {device} was asked for, but PyTorch sees no GPU here; give --device cpu")
     if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {device} was asked for, but there are only {torch.cuda.device_count()} GPUs")
-    if kind.type not in ("cpu", "cuda"):
+    if kind.type not in ("cpu", "cuda") or (kind.type == "cpu" and kind.index):
         raise InputError(f"device {device} is not supported; give cpu, cuda or cuda:N")
     return device
 

@@ -24,6 +24,7 @@ from liverelay.engine.models.vae import VAE
 from liverelay.engine.models.weights import is_quantized, open_pth
 from liverelay.engine.relay.rollout import Rollout
 from liverelay.engine.relay.stage import StageLine
+from liverelay.kernels import dispatch
 
 if TYPE_CHECKING:
     from liverelay.engine.models.audio_live import LiveAudioConfig
@@ -76,7 +77,11 @@ class Engine:
         if missing:
             more = f" (and {len(missing) - 1} more parts; see liverelay inspect)" if len(missing) > 1 else ""
             raise CheckpointError(f"{missing[0]} is missing{more}")
-        device = check_device(device or default_device())
+        device = check_device(default_device() if device is None else device)
+        try:
+            dispatch.choose(backend, torch.device(device))  # before anything long is read
+        except ValueError as error:
+            raise InputError(str(error)) from None
         dtype = dtype or default_dtype(device)
         if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"the engine computes in float32 or bfloat16, not {str(dtype).removeprefix('torch.')}")

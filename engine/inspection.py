@@ -108,7 +108,7 @@ def inspect_checkpoint(
 
     report.parts.append(_look("transformer", files.folder, dit))
     if "dit" in sources and is_quantized(sources["dit"]):
-        report.parts.append(Part("LoRA", "-", "not used", note="the transformer is quantised; its LoRA was merged"))
+        report.parts.append(Part("LoRA", "-", "not used", note="a LoRA is merged before a transformer is quantised"))
     elif files.lora is None:
         note = "none found: the base model alone is not distilled to 4 steps"
         report.parts.append(Part("LoRA", "-", "not used", note=note))

@@ -1,7 +1,7 @@
 """`liverelay quantize`: a checkpoint with its large products in FP8: half the size, and nothing to do at load.
 
 Keys and layout stay the published ones: a quantised `X.weight` is e4m3, and `X.weight_scale` [out] float32 goes with
-it. A LoRA is merged before. Files of the other models are linked, or copied where links are not possible.
+it. A LoRA is merged before. Large files of the other models are hard links, or copies where links are not possible.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from liverelay.engine.media import part_path
 from liverelay.engine.models.weights import SCALE, fp8_modules, is_quantized, quantize_weight, save_tensors
 
 SHARD_BYTES = 4 << 30
+COPIED_BYTES = 4 << 20
 Say = Callable[[str], None]
 
 
@@ -45,18 +46,23 @@ def quantize_checkpoint(
     source, config = files.open_dit(device)
     if is_quantized(source):
         raise CheckpointError(f"{files.folder} is quantised already")
-    if out.exists():
+    lacking = [path for path in files.missing() if path != files.dit_index]
+    if lacking:
+        raise CheckpointError(f"{lacking[0]} is missing; the copy would not be whole")
+    if os.path.lexists(out):
         raise OutputError(f"{out} exists already; give a new folder")
+    if out.resolve().is_relative_to(files.folder.resolve()):
+        raise OutputError(f"{out} lies inside the checkpoint; give a folder beside it")
     tell, modules = say or (lambda line: None), {f"{module}.weight" for module in fp8_modules(config)}
     part, errors = part_path(out.absolute()), list[WeightError]()
     try:
         part.mkdir()
         writer = _Shards(part)
         for key in source:
-            weight = source[key]
             if key not in modules:
-                writer.add(key, weight)
+                writer.add(key, source[key])
                 continue
+            weight = source[key].to(device)
             codes, scale = quantize_weight(weight)
             writer.add(key, codes)
             writer.add(key + SCALE, scale)
@@ -64,15 +70,25 @@ def quantize_checkpoint(
             if len(errors) % 50 == 0:
                 tell(f"{len(errors)} of {len(modules)} weights")
         writer.finish()
-        for path in sorted(files.folder.iterdir()):
-            if not path.name.startswith(DIT_STEM) and path != files.lora and not _holds(path, files.lora):
-                _link(path, part / path.name)
+        for path in (files.config, files.vae, files.text, files.tokenizer.parent, files.audio):
+            _link(path, part / path.name)
         os.replace(part, out)
     except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}") from None
+        raise OutputError(f"cannot write {out}: {error.filename or ''} {error.strerror or error}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return errors
+
+
+def write_errors(path: Path, errors: list[WeightError]) -> None:
+    """The error of every weight as json, written aside and renamed."""
+    part = part_path(path)
+    try:
+        part.write_text(json.dumps([vars(error) for error in errors], indent=1))
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"the checkpoint is written, but {path} cannot be: {error.strerror}") from None
 
 
 def _error(key: str, weight: Tensor, codes: Tensor, scale: Tensor) -> WeightError:
@@ -84,16 +100,15 @@ def _error(key: str, weight: Tensor, codes: Tensor, scale: Tensor) -> WeightErro
     return WeightError(key, float((rows - wide).norm() / norm), float((tensor - wide).norm() / norm))
 
 
-def _holds(folder: Path, lora: Path | None) -> bool:
-    return lora is not None and folder.is_dir() and folder.resolve() == lora.resolve().parent
-
-
 def _link(source: Path, target: Path) -> None:
-    """A hard link of a file, a folder of hard links; copies across file systems."""
+    """The file or folder again: small files copied, because people edit them, large ones as hard links if possible."""
 
     def one(a: str, b: str) -> str:
         try:
-            os.link(os.path.realpath(a), b)
+            if os.path.getsize(a) < COPIED_BYTES:
+                shutil.copy2(a, b)
+            else:
+                os.link(os.path.realpath(a), b)
         except OSError:
             shutil.copy2(a, b)
         return b

@@ -111,10 +111,14 @@ def try_out(found: Mapping[str, Attention], shape: tuple[int, int, int, int], li
         return torch.randn(count, heads, head_dim, generator=rng, device=like.device).to(like.dtype)
 
     q, k, v = noise(tokens), noise(rows), noise(rows)
-    place, out = Place.make(like.device).fill(0, rows, False), torch.empty_like(q)
-    part = slice(0, min(64, tokens))  # enough queries to see whether it is right
-    exact = torch_ops.attention(q[part].float(), k.float(), v.float(), torch.empty_like(q[part], dtype=torch.float32))
-    allowed, trials = 8 * torch.finfo(like.dtype).eps, []
+    valid = max(1, rows - 1)
+    k[valid:], v[valid:] = float("nan"), float("nan")  # what lies behind the valid rows must not matter
+    place, out = Place.make(like.device).fill(0, valid, False), torch.empty_like(q)
+    # Some queries of the first, a middle and the last tile are enough to see whether it is right.
+    part = sorted({i for first in (0, tokens // 2, tokens - 32) for i in range(max(0, first), min(tokens, first + 32))})
+    sample, kept = q[part].float(), (k[:valid].float(), v[:valid].float())
+    exact = torch_ops.attention(sample, *kept, torch.empty_like(sample))
+    allowed, trials = 2 * torch.finfo(like.dtype).eps if like.dtype != torch.float32 else 1e-4, []
     for name, attention in found.items():
         try:
             out.fill_(float("nan"))

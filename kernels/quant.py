@@ -26,7 +26,9 @@ def store_quantized(result, mask, out, scale_out, row, places):
     """Quantise a tile of whole rows in float32: codes to out + places, one scale a row to scale_out + row."""
     amax = tl.max(tl.where(mask, tl.abs(result), 0.0), axis=1)[:, None]
     amax = tl.maximum(amax, 1e-30)
-    code = tl.minimum(tl.maximum(result * (448.0 / amax), -448.0), 448.0)
+    code = result * (448.0 / amax)  # a NaN stays one, as it does in PyTorch
+    code = tl.maximum(code, -448.0, propagate_nan=tl.PropagateNan.ALL)
+    code = tl.minimum(code, 448.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out + places, code.to(out.dtype.element_ty), mask=mask)
     tl.store(scale_out + row, amax / 448.0, mask=tl.max(mask.to(tl.int32), axis=1)[:, None] > 0)
 

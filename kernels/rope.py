@@ -100,7 +100,10 @@ def qk_norm_rope(
         tensors["the reference"] = (reference[0], (rows, heads, head_dim))
         tensors |= {f"reference {i}": (part, (rows, half)) for i, part in enumerate(reference[1])}
     check(name, tensors)
-    for label, tensor in (("q", q_out), ("the arena", arena), ("k_raw", k_raw), ("cos", table[0]), ("sin", table[1])):
+    dense = [("q", q_out), ("the arena", arena), ("k_raw", k_raw), ("cos", table[0]), ("sin", table[1])]
+    if reference is not None:
+        dense += [("the reference", reference[0]), *(("a reference table", part) for part in reference[1])]
+    for label, tensor in dense:
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name}: {label} is not contiguous (strides {list(tensor.stride())})")
     kept, (cos, sin) = (q_out, table) if reference is None else reference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,7 @@ def test_quantize_command_tells_errors_and_refuses(
     assert main([*command, "--json", str(table)]) == 0
     assert "blocks.*.ffn.0.weight" in capsys.readouterr().out and json.loads(table.read_text())
     assert main(["inspect", str(out)]) == 0
-    assert "its LoRA was merged" in capsys.readouterr().out
+    assert "a LoRA is merged before a" in capsys.readouterr().out
     assert main(command) == 1 and "exists already" in capsys.readouterr().err
     again = ["quantize", "--checkpoint", str(out), "--out", str(tmp_path / "twice")]
     assert main(again) == 1 and "quantised already" in capsys.readouterr().err
@@ -144,3 +145,20 @@ def test_gpus_that_cannot_are_refused(
     with pytest.raises(InputError, match=word):
         check_fp8("cuda", dtype)
     check_fp8("cpu", dtype)
+
+
+def test_quantize_touches_nothing_of_the_source(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(shutil.copytree(checkpoint, tmp_path / "source"))
+    before = {path.relative_to(source): path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    command = ["quantize", "--checkpoint", str(source), "--lora", "none", "--out"]
+    for out, table in ((source / "inside", None), (tmp_path / "fp8", source / "config.json"), (tmp_path, None)):
+        flags = [] if table is None else ["--json", str(table)]
+        assert main([*command, str(out), *flags]) == 1
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main([*command, str(tmp_path / "fp8")]) == 0
+    (tmp_path / "fp8" / "config.json").write_text("changed")
+    assert not (tmp_path / "fp8" / "LiveAvatar").exists()
+    assert {path.relative_to(source): path.read_bytes() for path in source.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fp8", "source"]
