@@ -33,6 +33,8 @@ def compare(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
         assert error.abs().max() <= eager.abs().max() + 1e-9, name
         return
     eps = min(torch.finfo(got.dtype).eps, 2**-8)  # e4m3's own step is in the eager error already
+    if got.dtype == torch.float32:
+        eps *= 8  # with few elements the eager error may be next to nothing by luck
     scale = float(exact.abs().max())
     assert float(error.abs().max()) <= 2 * float(eager.abs().max()) + eps * scale, name
     wide = 1.5 if got.dtype == torch.float32 else 1.1
