@@ -78,7 +78,7 @@ def jobs_of(spec: Any, selection: Selection) -> Iterator[Job]:
     for arch in selection.archs:
         for dims, dtype, production in cases:
             due = arch >= (max(FP8_ARCH, spec.min_arch) if dtype.startswith("float8") else spec.min_arch)
-            if due and selection.has(spec.name, arch):
+            if due and arch <= (spec.max_arch or arch) and selection.has(spec.name, arch):
                 yield Job(spec.name, dims, dtype, arch, spec.hot, spec.dot, production)
 
 

@@ -23,6 +23,10 @@ from liverelay.engine.models.dit import DiT  # noqa: E402
 from liverelay.engine.models.geometry import Geometry, reference_position  # noqa: E402
 from liverelay.engine.models.sampler import make_schedule  # noqa: E402
 
+MODES = {  # FP8 products, FP8 attention
+    "bfloat16": (False, False), "products": (True, False), "attention": (False, True), "both": (True, True),
+}  # fmt: skip
+
 
 @torch.inference_mode()
 def hidden_states(dit: DiT, geometry: Geometry, blocks: int, seed: int) -> dict[str, Tensor]:
@@ -62,16 +66,16 @@ def main() -> int:
     parser.add_argument("--latent", type=int, nargs=2, default=(16, 16), metavar=("H", "W"))
     parser.add_argument("--blocks", type=int, default=5)
     arguments = parser.parse_args()
-    device, states = check_device(arguments.device), []
+    device, states = check_device(arguments.device), {}
     source, config = find_checkpoint(arguments.checkpoint).open_dit(device)
-    for fp8 in (False, True):
-        dit = DiT.load(source, config, device=device, dtype=torch.bfloat16, fp8=fp8)
-        states.append(hidden_states(dit, Geometry(*arguments.latent, config.head_dim), arguments.blocks, seed=0))
-    errors = {}
-    print("after layer   FP8 against bfloat16, relative L2")
-    for name, exact in states[0].items():
-        errors[name] = float((states[1][name] - exact).norm() / exact.norm())
-        print(f"{name:>11s}   {errors[name]:.4f}")
+    for name, (fp8, attention) in MODES.items():
+        dit = DiT.load(source, config, device=device, dtype=torch.bfloat16, fp8=fp8, fp8_attention=attention)
+        states[name] = hidden_states(dit, Geometry(*arguments.latent, config.head_dim), arguments.blocks, seed=0)
+    exact, errors = states.pop("bfloat16"), dict[str, dict[str, float]]()
+    print("relative L2 difference from bfloat16, by what is in FP8\nafter layer" + "".join(f"{n:>12s}" for n in states))
+    for layer, value in exact.items():
+        errors[layer] = {name: float((state[layer] - value).norm() / value.norm()) for name, state in states.items()}
+        print(f"{layer:>11s}" + "".join(f"{error:12.4f}" for error in errors[layer].values()))
     print(json.dumps(errors))
     return 0
 

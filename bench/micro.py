@@ -264,8 +264,9 @@ def first_rows(specs: list[KernelSpec], plan: Plan, faults: dict[str, str]) -> l
             row = Row(spec.name, name, str(dtype).removeprefix("torch."), bytes=cost.bytes, flops=cost.flops)
             if not plan.kernels_run:
                 row.state, row.note = "plain only", "no GPU"
-            elif arch and arch < spec.min_arch:
-                row.state, row.note = "skipped", f"needs sm_{spec.min_arch}, this is sm_{arch}"
+            elif not spec.on(arch):
+                needed = f"sm_{spec.min_arch}" + (f" to sm_{spec.max_arch}" if spec.max_arch else "")
+                row.state, row.note = "skipped", f"needs {needed}, this is sm_{arch}"
             elif fault := faults.get(spec.name, "not checked"):
                 row.state, row.note = "red", fault
             rows.append((spec, row, dims))

@@ -10,6 +10,9 @@ import torch
 
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.models.geometry import REFERENCE_POSITION, Geometry
+from liverelay.kernels.contract import transposed
+
+FP8 = torch.float8_e4m3fn
 
 
 class Arena:
@@ -17,15 +20,19 @@ class Arena:
 
     `k`, `v` [L, N, H, d] with N = geometry.arena_tokens; `reference_k` [L, P, H, d] keeps the reference frame's keys
     before RoPE, from which they are rotated anew when their position moves; `reference_position` is where they are.
+    For FP8 attention k and v are e4m3, `k_scale` [L, H, N] float32 belongs to k, and v's tokens are contiguous.
     """
 
     def __init__(
-        self, config: DiTConfig, geometry: Geometry, device: torch.device | str, dtype: torch.dtype
+        self, config: DiTConfig, geometry: Geometry, device: torch.device | str, dtype: torch.dtype, *,
+        fp8: bool = False,
     ) -> None:
         self.geometry = geometry
         heads = (config.num_heads, config.head_dim)
-        self.k = torch.zeros((config.num_layers, geometry.arena_tokens, *heads), device=device, dtype=dtype)
-        self.v = torch.zeros_like(self.k)
+        shape = (config.num_layers, geometry.arena_tokens, *heads)
+        self.k = torch.zeros(shape, device=device, dtype=FP8 if fp8 else dtype)
+        self.v = transposed(shape, device) if fp8 else torch.zeros_like(self.k)
+        self.k_scale = torch.zeros(shape[0], shape[2], shape[1], device=device) if fp8 else None
         self.reference_k = torch.zeros(
             (config.num_layers, geometry.frame_tokens, *heads), device=device, dtype=dtype
         )
@@ -33,11 +40,14 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes + self.reference_k.nbytes
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors())
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [self.k, self.v, self.reference_k, *([] if self.k_scale is None else [self.k_scale])]
 
     def reset(self) -> None:
         """Back to the state of a new session: unwritten ring rows are zero, as in the published caches."""
-        for tensor in (self.k, self.v, self.reference_k):
+        for tensor in self._tensors():
             tensor.zero_()
         self.reference_position = REFERENCE_POSITION
 
@@ -47,10 +57,15 @@ class Arena:
         self.k[:, :sink].copy_(other.k[:, :sink])
         self.v[:, :sink].copy_(other.v[:, :sink])
         self.reference_k.copy_(other.reference_k)
+        if self.k_scale is not None and other.k_scale is not None:
+            self.k_scale[:, :, :sink].copy_(other.k_scale[:, :, :sink])
         self.reference_position = other.reference_position
 
 
-def arena_bytes(config: DiTConfig, geometry: Geometry, element_bytes: int = 2) -> int:
+def arena_bytes(config: DiTConfig, geometry: Geometry, element_bytes: int = 2, *, fp8: bool = False) -> int:
     """Memory of one arena: what one session needs at one stage."""
-    rows = 2 * geometry.arena_tokens + geometry.frame_tokens
-    return config.num_layers * rows * config.dim * element_bytes
+    rows, reference = geometry.arena_tokens, geometry.frame_tokens * config.dim * element_bytes
+    keys = values = rows * config.dim * element_bytes
+    if fp8:  # codes of keys with their scales, codes of values padded to 16 bytes
+        keys, values = rows * (config.dim + 4 * config.num_heads), -(-rows // 16) * 16 * config.dim
+    return config.num_layers * (keys + values + reference)

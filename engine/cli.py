@@ -260,7 +260,11 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--lora", metavar="FILE", help="LoRA file, or 'none' (default: looked for beside the checkpoint)")
     p.add_argument("--device", help="cpu, cuda or cuda:N (a GPU where there is one)")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="bfloat16 on a GPU, float32 on a CPU")
-    p.add_argument("--fp8", action="store_true", help="the transformer's large products in FP8 (e4m3)")
+    p.add_argument(
+        "--fp8", nargs="?", const="products", default=False, choices=("products", "attention", "all"),
+        help="FP8 (e4m3) in the transformer's large products (the default of --fp8), in self-attention with half the "
+        "arena's memory, or in both",
+    )
     p.add_argument("--backend", metavar="NAME", help="kernel backend: torch or triton (see liverelay kernels)")
     p.add_argument("--threads", type=_positive(int, "threads"), metavar="N", help="CPU threads")
     p.add_argument(

@@ -38,6 +38,18 @@ def use_exact_float32(device: str, dtype: torch.dtype) -> None:
         torch.backends.cudnn.allow_tf32 = False
 
 
+FP8_PARTS = {"products": (True, False), "attention": (False, True), "all": (True, True)}
+
+
+def fp8_parts(fp8: bool | str) -> tuple[bool, bool]:
+    """Whether products and attention are in FP8; InputError for a word that is not in FP8_PARTS."""
+    if isinstance(fp8, bool):
+        return fp8, False
+    if fp8 not in FP8_PARTS:
+        raise InputError(f"'{fp8}' cannot be in FP8; there is: {', '.join(FP8_PARTS)}")
+    return FP8_PARTS[fp8]
+
+
 def check_fp8(device: str, dtype: torch.dtype) -> None:
     """InputError where a GPU has no FP8 products, or has them in bfloat16 only. A CPU computes what they would give."""
     kind = torch.device(device)

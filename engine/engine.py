@@ -12,7 +12,14 @@ from torch import Tensor
 
 from liverelay.engine.checkpoint import CheckpointFiles, find_checkpoint
 from liverelay.engine.config import DEFAULT_MAX_SIZE, StreamConfig
-from liverelay.engine.devices import check_device, check_fp8, default_device, default_dtype, use_exact_float32
+from liverelay.engine.devices import (
+    check_device,
+    check_fp8,
+    default_device,
+    default_dtype,
+    fp8_parts,
+    use_exact_float32,
+)
 from liverelay.engine.errors import CheckpointError, InputError
 from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
@@ -61,7 +68,7 @@ class Engine:
         device: str | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
-        fp8: bool = False,
+        fp8: bool | str = False,
         stream: StreamConfig | None = None,
         say: Say | None = None,
     ) -> Engine:
@@ -69,7 +76,8 @@ class Engine:
 
         lora: a file, "none", or None to find it. device: "cpu", "cuda", "cuda:1"; None: a GPU where there is one.
         dtype: torch.bfloat16 or torch.float32; None: bfloat16 on a GPU, float32 on a CPU. backend: kernel backend.
-        fp8: the transformer's large products in e4m3 (also on a CPU, where it is only for looking at its error).
+        fp8: what is in e4m3: "products" (or True), the transformer's large ones; "attention", self-attention with
+        arenas of half the size; "all". On a CPU it is only for looking at its error.
         say(line) is told what is being loaded. CheckpointError names a file, key or shape that does not fit.
         """
         files = find_checkpoint(Path(checkpoint), lora)
@@ -89,10 +97,13 @@ class Engine:
         tell = say or (lambda line: None)
         source, config = files.open_dit(device)
         merged = f"with the LoRA {files.lora.name}" if files.lora else "without a LoRA"
-        if fp8 or is_quantized(source):
+        products, attention = fp8_parts(fp8)
+        if products or attention or is_quantized(source):
             check_fp8(device, dtype)
         tell("loading the transformer " + ("as it was quantised" if is_quantized(source) else merged))
-        dit = DiT.load(source, config, device=device, dtype=dtype, backend=backend, fp8=fp8)
+        dit = DiT.load(
+            source, config, device=device, dtype=dtype, backend=backend, fp8=products, fp8_attention=attention
+        )
         tell("loading the VAE")
         vae = VAE.load(open_pth(files.vae), device=device, dtype=dtype, backend=backend)
         tell("loading the audio encoder")

@@ -188,6 +188,7 @@ def _fill_memory(
     )
     memory["workspace"] = workspace_bytes(config, geometry, element, fp8=is_quantized(shapes))
     memory["arena_per_session_and_stage"] = arena_bytes(config, geometry, element)
+    memory["the_same_with_fp8_attention"] = arena_bytes(config, geometry, element, fp8=True)
     memory["text_per_session"] = 2 * config.num_layers * config.text_len * config.dim * element
     sizes = {part.name: part for part in report.parts}
     if vae_shapes:

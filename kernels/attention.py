@@ -8,6 +8,11 @@ Bytes: (2 T + 2 valid) H d * element size; FLOPs: 4 T valid H d. Source: spec di
 Two kernels with a persistent schedule (as many programs as fit; each walks over tiles of queries, head by head, so
 that a head's keys stay in the L2 cache): one reads tiles through pointers (any GPU, any head size), the other through
 tensor descriptors, which sm_90 and later load without spending registers on addresses.
+
+`attention_fp8`: the same of e4m3 codes. Queries and keys have a scale for every head of a token, which costs nothing:
+the keys' takes the place of 1 / sqrt(d) and the queries' goes into the exponential's multiply-add. v's tokens are
+contiguous (kernels/values.py) and it has one scale, which waits for the end. Probabilities fill e4m3's range: their
+row's largest becomes 256. FP8 sums on sm_90 keep some 14 bits, so each tile's is added up in float32.
 """
 
 from __future__ import annotations
@@ -21,32 +26,45 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from liverelay.kernels import torch_ops
-from liverelay.kernels.contract import Place
+from liverelay.kernels.contract import Place, Scales, transposed
 from liverelay.kernels.launch import arch, check, next_power_of_two, processors, refuse, run
+from liverelay.kernels.quant import FP8
 from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, poisoned, random
 
 LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def softmax_step(q, k, v, mixed, highest, total, qk_scale, left, TILE_N: tl.constexpr, MASKED: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
-    """Take one tile of keys [d, TILE_N] and values [TILE_N, d] into the running softmax; `left` rows of it count."""
-    logits = tl.dot(q, k, input_precision=PRECISION) * qk_scale
+def softmax_step(q, k, v, k_scale, mixed, highest, total, q_scale, left, TILE_N: tl.constexpr, MASKED: tl.constexpr,
+                 FP8: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Take one tile of keys [d, TILE_N] and values [TILE_N, d] into the running softmax; `left` rows of it count.
+
+    q_scale, a number or [TILE_M] in FP8, is applied within the exponential; it is positive.
+    """
+    logits = tl.dot(q, k, input_precision=PRECISION)
+    if FP8:
+        logits *= k_scale[None, :]
     if MASKED:
         logits = tl.where(tl.arange(0, TILE_N)[None, :] < left, logits, float("-inf"))
-    above = tl.maximum(highest, tl.max(logits, axis=1))
+    above = tl.maximum(highest, tl.max(logits, axis=1) * q_scale)
     shrink = tl.exp2(highest - above)
-    shares = tl.exp2(logits - above[:, None])
-    mixed = tl.dot(shares.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
+    if FP8:
+        shares = tl.exp2(logits * q_scale[:, None] - (above - 8.0)[:, None])
+    else:
+        shares = tl.exp2(logits * q_scale - above[:, None])
+    if FP8:
+        mixed = mixed * shrink[:, None] + tl.dot(shares.to(v.dtype), v)
+    else:
+        mixed = tl.dot(shares.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
     return mixed, above, total * shrink + tl.sum(shares, axis=1)
 
 
 @triton.jit
 def attention_pointer_kernel(
-    q, k, v, out, scalars, q_token, q_head, k_token, k_head, v_token, v_head, out_token, out_head,
-    tokens, heads, rows, qk_scale, HEAD_DIM: tl.constexpr, HEAD_TILE: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, HAS_PLACE: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, out, scalars, q_scales, k_scales, q_token, q_head, k_token, k_head, v_token, v_head, v_place, out_token,
+    out_head, q_scale_head, k_scale_head, tokens, heads, rows, qk_scale, v_scale, HEAD_DIM: tl.constexpr,
+    HEAD_TILE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, HAS_PLACE: tl.constexpr, FP8: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     valid = tl.load(scalars + 1) if HAS_PLACE else rows
     tiles_m = tl.cdiv(tokens, TILE_M)
@@ -54,7 +72,7 @@ def attention_pointer_kernel(
     column = tl.arange(0, TILE_N)
     inner = place < HEAD_DIM
     k_places = place[:, None] + column[None, :] * k_token
-    v_places = column[:, None] * v_token + place[None, :]
+    v_places = column[:, None] * v_token + place[None, :] * v_place
     for tile in tl.range(tl.program_id(0), tiles_m * heads, tl.num_programs(0)):
         head = (tile // tiles_m).to(tl.int64)
         token = (tile % tiles_m) * TILE_M + tl.arange(0, TILE_M).to(tl.int64)
@@ -63,142 +81,203 @@ def attention_pointer_kernel(
             q + head * q_head + token[:, None] * q_token + place[None, :],
             mask=outer[:, None] & inner[None, :], other=0.0,
         )  # fmt: skip
+        q_scale = qk_scale
+        if FP8:
+            q_scale = qk_scale * tl.load(q_scales + head * q_scale_head + token, mask=outer, other=1.0)
         # A scalar that moves and offsets that stay: a tile of moving pointers would cost 128 registers.
         k_rows = k + head * k_head
         v_rows = v + head * v_head
+        scale_rows = k_scales + head * k_scale_head
         mixed = tl.zeros([TILE_M, HEAD_TILE], tl.float32)
         highest = tl.full([TILE_M], float("-inf"), tl.float32)
         total = tl.zeros([TILE_M], tl.float32)
         whole = valid // TILE_N * TILE_N
-        for _ in tl.range(0, whole, TILE_N):
+        for row in tl.range(0, whole, TILE_N):
+            k_scale = tl.load(scale_rows + row + column) if FP8 else q_scale
             if HEAD_DIM == HEAD_TILE:
                 k_tile, v_tile = tl.load(k_rows + k_places), tl.load(v_rows + v_places)
             else:
                 k_tile = tl.load(k_rows + k_places, mask=inner[:, None], other=0.0)
                 v_tile = tl.load(v_rows + v_places, mask=inner[None, :], other=0.0)
             mixed, highest, total = softmax_step(
-                q_tile, k_tile, v_tile, mixed, highest, total, qk_scale, TILE_N, TILE_N, False, PRECISION
+                q_tile, k_tile, v_tile, k_scale, mixed, highest, total, q_scale, TILE_N, TILE_N, False, FP8,
+                PRECISION,
             )
             k_rows += TILE_N * k_token
             v_rows += TILE_N * v_token
         left = valid - whole
         if left > 0:
+            k_scale = tl.load(scale_rows + whole + column, mask=column < left, other=0.0) if FP8 else q_scale
             k_tile = tl.load(k_rows + k_places, mask=inner[:, None] & (column[None, :] < left), other=0.0)
             v_tile = tl.load(v_rows + v_places, mask=inner[None, :] & (column[:, None] < left), other=0.0)
             mixed, highest, total = softmax_step(
-                q_tile, k_tile, v_tile, mixed, highest, total, qk_scale, left, TILE_N, True, PRECISION
+                q_tile, k_tile, v_tile, k_scale, mixed, highest, total, q_scale, left, TILE_N, True, FP8,
+                PRECISION,
             )
-        result = (mixed / total[:, None]).to(out.dtype.element_ty)
+        result = (mixed * (v_scale / total)[:, None]).to(out.dtype.element_ty)
         at = out + head * out_head + token[:, None] * out_token + place[None, :]
         tl.store(at, result, mask=outer[:, None] & inner[None, :])
 
 
 @triton.jit
 def attention_descriptor_kernel(
-    q, k, v, out, scalars, tokens, heads, rows, qk_scale, HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, HAS_PLACE: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, out, scalars, q_scales, k_scales, q_scale_head, k_scale_head, tokens, heads, rows, qk_scale, v_scale,
+    HEAD_DIM: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, HAS_PLACE: tl.constexpr, FP8: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     valid = tl.load(scalars + 1) if HAS_PLACE else rows
     tiles_m = tl.cdiv(tokens, TILE_M)
+    key = tl.arange(0, TILE_N)
     for tile in tl.range(tl.program_id(0), tiles_m * heads, tl.num_programs(0)):
+        head = (tile // tiles_m).to(tl.int64)
         column = (tile // tiles_m) * HEAD_DIM
         first = (tile % tiles_m) * TILE_M
         q_tile = q.load([first, column])
+        q_scale = qk_scale
+        if FP8:
+            token = first + tl.arange(0, TILE_M)
+            q_scale = qk_scale * tl.load(q_scales + head * q_scale_head + token, mask=token < tokens, other=1.0)
+        scale_rows = k_scales + head * k_scale_head
         mixed = tl.zeros([TILE_M, HEAD_DIM], tl.float32)
         highest = tl.full([TILE_M], float("-inf"), tl.float32)
         total = tl.zeros([TILE_M], tl.float32)
         whole = valid // TILE_N * TILE_N
         for row in tl.range(0, whole, TILE_N):
-            k_tile, v_tile = k.load([row, column]), v.load([row, column])
+            k_scale = tl.load(scale_rows + row + key) if FP8 else q_scale
+            k_tile = k.load([row, column])
+            v_tile = v.load([column, row]).T if FP8 else v.load([row, column])
             mixed, highest, total = softmax_step(
-                q_tile, k_tile.T, v_tile, mixed, highest, total, qk_scale, TILE_N, TILE_N, False, PRECISION
+                q_tile, k_tile.T, v_tile, k_scale, mixed, highest, total, q_scale, TILE_N, TILE_N, False, FP8,
+                PRECISION,
             )
         left = valid - whole
         if left > 0:
-            k_tile, v_tile = k.load([whole, column]), v.load([whole, column])
             # Rows past the valid ones hold whatever the ring held before: weight 0 times NaN would be NaN.
-            v_tile = tl.where((tl.arange(0, TILE_N) < left)[:, None], v_tile, 0.0)
+            k_scale = tl.load(scale_rows + whole + key, mask=key < left, other=0.0) if FP8 else q_scale
+            k_tile = k.load([whole, column])
+            v_tile = v.load([column, whole]).T if FP8 else v.load([whole, column])
+            v_tile = tl.where((key < left)[:, None], v_tile, 0.0)
             mixed, highest, total = softmax_step(
-                q_tile, k_tile.T, v_tile, mixed, highest, total, qk_scale, left, TILE_N, True, PRECISION
+                q_tile, k_tile.T, v_tile, k_scale, mixed, highest, total, q_scale, left, TILE_N, True, FP8,
+                PRECISION,
             )
-        out.store([first, column], (mixed / total[:, None]).to(out.dtype))
+        out.store([first, column], (mixed * (v_scale / total)[:, None]).to(out.dtype))
 
 
-def _checked(name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[int, int, int, int]:
+def _checked(
+    name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scales: Scales | None
+) -> tuple[int, int, int, int]:
     """tokens, heads, head size, rows of the arena; ValueError where the arguments do not fit."""
     (tokens, heads, head_dim), rows = q.shape, k.shape[0]
-    shape = (rows, heads, head_dim)
-    check(name, {"q": (q, (tokens, heads, head_dim)), "k": (k, shape), "v": (v, shape), "out": (out, tuple(q.shape))})
-    if head_dim > 256 or not rows or len({part.dtype for part in (q, k, v, out)}) > 1:
+    shape, dtypes = (rows, heads, head_dim), {q.dtype, k.dtype, v.dtype}
+    tensors = {"q": (q, (tokens, heads, head_dim)), "k": (k, shape), "out": (out, tuple(q.shape))}
+    if scales is None:
+        tensors["v"], dtypes = (v, shape), dtypes | {out.dtype}
+    else:
+        tensors |= {"the scale of q": (scales.q, (heads, tokens)), "the scale of k": (scales.k, (heads, rows))}
+        if v.shape != k.shape or (rows > 1 and v.stride(0) != 1):
+            refuse(name, f"v has shape {list(v.shape)} and strides {list(v.stride())}, expected {list(shape)}, 1 first")
+    check(name, tensors)
+    if head_dim > 256 or not rows or len(dtypes) > 1 or (scales is None) == (q.dtype == FP8):
         refuse(name, f"head size {head_dim}, {rows} rows, dtypes {[str(part.dtype) for part in (q, k, v, out)]}")
     return tokens, heads, head_dim, rows
 
 
-def attention_pointer(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
-    """Attention over the arena through pointers: any head size up to 256, any GPU."""
-    tokens, heads, head_dim, rows = _checked("attention", q, k, v, out)
-    exact, head_tile = q.dtype == torch.float32, max(16, next_power_of_two(head_dim))
+def _pointer_tiles(q: Tensor, head_tile: int) -> tuple[int, int, int]:
+    """Tile of queries, tile of keys and stages that fit the device's registers and shared memory."""
+    exact, fp8 = q.dtype == torch.float32, q.dtype == FP8
     small_memory = arch(q) in (86, 89) or exact or head_tile > 128
     tile_m, tile_n, stages = (64, 32, 2) if exact or head_tile > 128 else (128, 64, 2 if small_memory else 3)
     if exact and head_tile > 32:  # float32 products without tensor cores keep whole operands in registers
         tile_m, tile_n = (32, 32) if head_tile == 64 else (16, 16)
-    elif head_tile != head_dim and arch(q) >= 100:
+    elif head_tile != q.shape[2] and arch(q) >= 100:
         tile_n = 32  # masks of an odd head size cost registers
-    if not arch(q):  # the interpreter's time goes by tiles, whatever their size
-        tile_m, tile_n = 128, 128
+    if fp8:
+        tile_n = 32 if arch(q) >= 100 else 64
+    # The interpreter's time goes by tiles, whatever their size.
+    return (tile_m, tile_n, stages) if arch(q) else (128, 128, 1)
+
+
+def attention_pointer(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, scales: Scales | None = None
+) -> Tensor:
+    """Attention over the arena through pointers: any head size up to 256, any GPU."""
+    tokens, heads, head_dim, rows = _checked("attention", q, k, v, out, scales)
+    head_tile = max(32 if scales else 16, next_power_of_two(head_dim))
+    tile_m, tile_n, stages = _pointer_tiles(q, head_tile)
     tiles = triton.cdiv(tokens, tile_m) * heads
+    q_scale, k_scale, v_scale = (q, q, 1.0) if scales is None else (scales.q, scales.k, scales.v)
     run(
         attention_pointer_kernel, min(tiles, processors(q)), q, k, v, out, q if place is None else place.scalars,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], tokens, heads, rows,
-        head_dim**-0.5 * LOG2_E, HEAD_DIM=head_dim, HEAD_TILE=head_tile, TILE_M=tile_m, TILE_N=tile_n,
-        HAS_PLACE=place is not None, PRECISION="ieee" if exact else "tf32",
-        num_warps=8, num_stages=stages,
+        q_scale, k_scale, *q.stride()[:2], *k.stride()[:2], *v.stride(), *out.stride()[:2], q_scale.stride(0),
+        k_scale.stride(0), tokens, heads, rows, head_dim**-0.5 * LOG2_E, v_scale, HEAD_DIM=head_dim,
+        HEAD_TILE=head_tile, TILE_M=tile_m, TILE_N=tile_n, HAS_PLACE=place is not None, FP8=scales is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=8, num_stages=stages,
     )  # fmt: skip
     return out
 
 
-def attention_descriptor(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
-    """Attention over the arena through tensor descriptors (TMA): 16-bit types, head sizes 32, 64, 128; sm_90 on."""
+def attention_descriptor(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, scales: Scales | None = None
+) -> Tensor:
+    """Attention over the arena through tensor descriptors (TMA): 8 and 16 bits, head sizes 32, 64, 128; sm_90 on."""
     name = "attention through descriptors"
-    tokens, heads, head_dim, rows = _checked(name, q, k, v, out)
-    if not takes_descriptors(q) or not all(part.flatten(1).is_contiguous() for part in (q, k, v, out)):
-        refuse(name, f"needs contiguous 16-bit tensors with a head size of 32, 64 or 128, not {q.dtype} {head_dim}")
+    tokens, heads, head_dim, rows = _checked(name, q, k, v, out, scales)
+    dense = [part.is_contiguous() for part in (q, k, out, *([v] if scales is None else []))]
+    if not takes_descriptors(q) or not all(dense):
+        refuse(name, f"needs contiguous tensors of 8 or 16 bits, head size 32, 64 or 128, not {q.dtype} {head_dim}")
     tile_m, tile_n, stages = (128, 64, 3) if arch(q) >= 100 else (128, 128, 2)
 
     def describe(tensor: Tensor, tile: int) -> Any:
         return TensorDescriptor.from_tensor(tensor.flatten(1), [tile, head_dim])
 
+    if scales is None:
+        values, (q_scale, k_scale, v_scale) = describe(v, tile_n), (q, q, 1.0)
+    else:
+        if v.stride(2) % 16 or v.stride(1) != head_dim * v.stride(2):
+            refuse(name, f"a channel's tokens must start at a multiple of 16 bytes (strides {list(v.stride())})")
+        columns = [heads * head_dim, rows]
+        values = TensorDescriptor(v, columns, [v.stride(2), 1], [head_dim, tile_n])
+        q_scale, k_scale, v_scale = scales.q, scales.k, scales.v
     tiles = triton.cdiv(tokens, tile_m) * heads
     run(
-        attention_descriptor_kernel, min(tiles, processors(q)), describe(q, tile_m), describe(k, tile_n),
-        describe(v, tile_n), describe(out, tile_m), q if place is None else place.scalars, tokens, heads, rows,
-        head_dim**-0.5 * LOG2_E, HEAD_DIM=head_dim, TILE_M=tile_m, TILE_N=tile_n, HAS_PLACE=place is not None,
-        PRECISION="tf32", num_warps=8, num_stages=stages,
+        attention_descriptor_kernel, min(tiles, processors(q)), describe(q, tile_m), describe(k, tile_n), values,
+        describe(out, tile_m), q if place is None else place.scalars, q_scale, k_scale, q_scale.stride(0),
+        k_scale.stride(0), tokens, heads, rows, head_dim**-0.5 * LOG2_E, v_scale, HEAD_DIM=head_dim, TILE_M=tile_m,
+        TILE_N=tile_n, HAS_PLACE=place is not None, FP8=scales is not None, PRECISION="tf32", num_warps=8,
+        num_stages=stages,
     )  # fmt: skip
     return out
 
 
 def takes_descriptors(q: Tensor) -> bool:
     """Whether the descriptor kernel computes this head size and dtype."""
-    return q.shape[2] in (32, 64, 128) and q.dtype in (torch.bfloat16, torch.float16)
+    return q.shape[2] in (32, 64, 128) and q.dtype in (torch.bfloat16, torch.float16, FP8)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, scales: Scales | None = None
+) -> Tensor:
     """The kernel that suits the device: through descriptors from sm_90 on, else through pointers."""
     launch = attention_descriptor if arch(q) >= 90 and takes_descriptors(q) else attention_pointer
-    return launch(q, k, v, out, place)
+    return launch(q, k, v, out, place, scales)
 
 
 # -- reference, inputs, cost ------------------------------------------------------------------------------------------
 
 
 def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, scales: Scales | None = None
 ) -> dict[str, Tensor]:
     """Float64, no rounding."""
     valid = k.shape[0] if place is None else place.valid
-    logits = torch.einsum("thd,nhd->htn", q.double(), k[:valid].double()) * q.shape[2] ** -0.5
-    return {"out": torch.einsum("htn,nhd->thd", logits.softmax(-1), v[:valid].double())}
+    real = [q.double(), k[:valid].double(), v[:valid].double()]
+    if scales is not None:
+        real[0] = real[0] * scales.q.double().t().unsqueeze(2)
+        real[1] = real[1] * scales.k.double()[:, :valid].t().unsqueeze(2)
+        real[2] = real[2] * scales.v
+    logits = torch.einsum("thd,nhd->htn", real[0], real[1]) * q.shape[2] ** -0.5
+    return {"out": torch.einsum("htn,nhd->thd", logits.softmax(-1), real[2])}
 
 
 def make_inputs(dims: Dims, dtype: torch.dtype, rng: torch.Generator, device: torch.device) -> Case:
@@ -211,12 +290,32 @@ def make_inputs(dims: Dims, dtype: torch.dtype, rng: torch.Generator, device: to
     return Case((q, k, v, out, place), {}, {"out": out})
 
 
+def make_fp8(dims: Dims, dtype: torch.dtype, rng: torch.Generator, device: torch.device) -> Case:
+    """As `make_inputs` in codes; heads and tokens of different size, so that a scale in the wrong place is seen."""
+    tokens, heads, head_dim, rows, valid = (dims[n] for n in ("tokens", "heads", "head_dim", "rows", "valid"))
+    q, k = (random((n, heads, head_dim), FP8, rng, device) for n in (tokens, rows))
+    v = transposed((rows, heads, head_dim), device)
+    v.copy_(random((rows, heads, head_dim), FP8, rng, device))
+    q_scale, k_scale = (random((heads, n), torch.float32, rng, device).abs() for n in (tokens, rows))
+    scales = Scales(q_scale, k_scale, 0.05)
+    for part in (k, v, scales.k.t()):
+        part[valid:] = float("nan")
+    out = poisoned((tokens, heads, head_dim), dtype, device)
+    place = Place.make(device).fill(0, valid, False) if dims["placed"] else None
+    return Case((q, k, v, out, place, scales), {}, {"out": out})
+
+
 def cost(dims: Dims, dtype: torch.dtype) -> Cost:
     width = dims["heads"] * dims["head_dim"]
     elements = 2 * width * (dims["tokens"] + dims["valid"])
     return Cost(elements * dtype.itemsize, 4 * dims["tokens"] * dims["valid"] * width)
 
 
+def cost_fp8(dims: Dims, dtype: torch.dtype) -> Cost:
+    """One byte a code, the scales, and the result in the working dtype."""
+    tokens, valid, heads = dims["tokens"], dims["valid"], dims["heads"]
+    moved = heads * dims["head_dim"] * (tokens + 2 * valid + tokens * dtype.itemsize) + 4 * heads * (tokens + valid)
+    return Cost(moved, cost(dims, dtype).flops)
 
 
 def _dims(**dims: int) -> Dims:
@@ -237,11 +336,20 @@ _PRODUCTION = {
     "14B 704x384": _dims(tokens=3168, heads=40, head_dim=128, rows=15312, valid=15312),
     "14B text": dict(tokens=3168, heads=40, head_dim=128, rows=512, valid=512, placed=0),
 }
-_COMMON = (reference_attention, torch_ops.attention, make_inputs, cost)
+_ARENA = {"14B 704x384": _PRODUCTION["14B 704x384"]}
+_COMMON = (reference_attention, torch_ops.attention)
 SPECS = [
-    KernelSpec("attention", attention_pointer, *_COMMON, _SMALL | _ODD, _PRODUCTION, dot=True),
+    KernelSpec("attention", attention_pointer, *_COMMON, make_inputs, cost, _SMALL | _ODD, _PRODUCTION, dot=True),
     KernelSpec(
-        "attention_descriptor", attention_descriptor, *_COMMON, _SMALL, _PRODUCTION, dtypes=(torch.bfloat16,),
-        min_arch=90, dot=True,
+        "attention_descriptor", attention_descriptor, *_COMMON, make_inputs, cost, _SMALL, _PRODUCTION,
+        dtypes=(torch.bfloat16,), min_arch=90, dot=True,
+    ),
+    KernelSpec(
+        "attention_fp8", attention_pointer, *_COMMON, make_fp8, cost_fp8, _SMALL | _ODD, _ARENA,
+        dtypes=(torch.bfloat16,), min_arch=89, dot=True,
+    ),
+    KernelSpec(
+        "attention_fp8_descriptor", attention_descriptor, *_COMMON, make_fp8, cost_fp8, _SMALL, _ARENA,
+        dtypes=(torch.bfloat16,), min_arch=90, dot=True,
     ),
 ]  # fmt: skip

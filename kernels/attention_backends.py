@@ -66,6 +66,14 @@ def through(flash_attn_func: Callable[..., Any]) -> Attention:
     return attention
 
 
+def specialised_attention() -> Attention | None:
+    """Our kernel in Gluon, for sm_90; None where this Triton's Gluon is missing or another one."""
+    try:
+        return importlib.import_module("liverelay.kernels.attention_gluon").attention_specialised
+    except (ImportError, AttributeError, TypeError):
+        return None
+
+
 def candidates(device: torch.device, triton_works: bool) -> dict[str, Attention]:
     """Every implementation that may work on the device, by name; only PyTorch's own on a CPU."""
     if device.type != "cuda":
@@ -80,6 +88,9 @@ def candidates(device: torch.device, triton_works: bool) -> dict[str, Attention]
     if triton_works:
         kernels = importlib.import_module("liverelay.kernels.attention")
         found |= {"triton-pointer": kernels.attention_pointer, "triton-descriptor": kernels.attention_descriptor}
+        specialised = specialised_attention()
+        if specialised is not None and torch.cuda.get_device_capability(device) == (9, 0):
+            found["triton-specialised"] = specialised
     return found
 
 

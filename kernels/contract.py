@@ -26,6 +26,29 @@ class Norm:
     round_norm: bool = False
 
 
+@dataclass(frozen=True)
+class Scales:
+    """What the e4m3 codes of an attention's operands stand for: value = code * scale.
+
+    q [H, T], k [H, N] float32, one for every head of a token; v: one number for all of a layer, fixed by its weights,
+    so that the second product needs no scale for each key.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: float
+
+
+def transposed(shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+    """Zeros [..., N, H, d] in e4m3 whose N is contiguous, each channel's first token at a multiple of 16 bytes.
+
+    Of v in FP8 attention: the tensor cores take an FP8 operand only with the sum's dimension contiguous.
+    """
+    *outer, rows, heads, head_dim = shape
+    stored = torch.zeros(*outer, heads, head_dim, -(-rows // 16) * 16, device=device, dtype=torch.float8_e4m3fn)
+    return stored.movedim(-1, -3)[..., :rows, :, :]
+
+
 @dataclass
 class Place:
     """Where a block stands in its arena: first row of its slot, rows that attention sees, whether the sink moves.

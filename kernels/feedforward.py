@@ -48,7 +48,7 @@ def gelu_quant_kernel(
     offsets = tl.arange(0, TILE)[None, :]
     mask = (row < tokens) & (offsets < WIDTH)
     value = gelu_tanh(tl.load(x + row * x_stride + offsets, mask=mask, other=0.0).to(tl.float32))
-    store_quantized(value, mask, out, scale_out, row, row * out_stride + offsets)
+    store_quantized(value, mask, out, row * out_stride + offsets, scale_out, row)
 
 
 def gelu_quant(x: Tensor, out: Tensor, scale_out: Tensor) -> Tensor:

@@ -69,6 +69,11 @@ def run(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
         compiled = kernel.warmup(*args, grid=(programs,), **meta)
         _compile_only[-1].kernels.append((kernel.fn.__name__, compiled, programs))
         return
+    if INTERPRETED and getattr(kernel, "is_gluon", bool)():  # Triton's interpreter knows no Gluon
+        from liverelay.kernels import gluon_interpreter
+
+        gluon_interpreter.run(kernel, programs, args, meta)
+        return
     kernel[(programs,)](*args, **meta)
 
 

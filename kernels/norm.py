@@ -78,7 +78,7 @@ def residual_norm_kernel(
         a = (a.to(tl.float32) + 1.0).to(a.dtype)
     result = normed * a.to(tl.float32) + b.to(tl.float32)
     if QUANTIZE:
-        store_quantized(result, mask, out, scale_out, row, row * out_stride + offsets)
+        store_quantized(result, mask, out, row * out_stride + offsets, scale_out, row)
     else:
         tl.store(out + row * out_stride + offsets, result.to(out.dtype.element_ty), mask=mask)
 

@@ -22,15 +22,20 @@ FP8 = torch.float8_e4m3fn
 
 
 @triton.jit
-def store_quantized(result, mask, out, scale_out, row, places):
-    """Quantise a tile of whole rows in float32: codes to out + places, one scale a row to scale_out + row."""
-    amax = tl.max(tl.where(mask, tl.abs(result), 0.0), axis=1)[:, None]
+def saturated(value, dtype: tl.constexpr):
+    """e4m3 codes of a float32 tile; what is too large becomes 448, and a NaN stays one, as in PyTorch."""
+    value = tl.maximum(value, -448.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(value, 448.0, propagate_nan=tl.PropagateNan.ALL).to(dtype)
+
+
+@triton.jit
+def store_quantized(result, mask, out, places, scale_out, scale_places, AXIS: tl.constexpr = 1):
+    """Quantise a float32 tile along its last axis: codes to out + places, the scales to scale_out + scale_places."""
+    amax = tl.max(tl.where(mask, tl.abs(result), 0.0), axis=AXIS, keep_dims=True)
     amax = tl.maximum(amax, 1e-30)
-    code = result * (448.0 / amax)  # a NaN stays one, as it does in PyTorch
-    code = tl.maximum(code, -448.0, propagate_nan=tl.PropagateNan.ALL)
-    code = tl.minimum(code, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(out + places, code.to(out.dtype.element_ty), mask=mask)
-    tl.store(scale_out + row, amax / 448.0, mask=tl.max(mask.to(tl.int32), axis=1)[:, None] > 0)
+    tl.store(out + places, saturated(result * (448.0 / amax), out.dtype.element_ty), mask=mask)
+    live = tl.max(mask.to(tl.int32), axis=AXIS, keep_dims=True) > 0
+    tl.store(scale_out + scale_places, amax / 448.0, mask=live)
 
 
 @triton.jit
@@ -41,7 +46,7 @@ def quantize_rows_kernel(
     offsets = tl.arange(0, TILE)[None, :]
     mask = (row < tokens) & (offsets < WIDTH)
     value = tl.load(x + row * x_stride + offsets, mask=mask, other=0.0).to(tl.float32)
-    store_quantized(value, mask, out, scale_out, row, row * out_stride + offsets)
+    store_quantized(value, mask, out, row * out_stride + offsets, scale_out, row)
 
 
 def check_quantized(name: str, out: Tensor, scale: Tensor, shape: tuple[int, int]) -> None:

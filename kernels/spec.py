@@ -41,8 +41,9 @@ class KernelSpec:
     launch: the launcher; reference: takes the same arguments and returns the exact outputs by name, in float64 from
     the inputs as they are (outputs among the arguments are ignored); plain: unfused PyTorch with the same arguments,
     the second opinion of tests and the baseline of benchmarks; make(dims, dtype, generator, device): a Case.
-    small and production: named dims; dtypes: working dtypes; min_arch: the lowest CUDA architecture that has it;
-    hot: runs in the stage loop, where a spill fails the gate; dot: has a matrix product, so wgmma is due on sm_90.
+    small and production: named dims; dtypes: working dtypes; min_arch, max_arch: the lowest and the highest CUDA
+    architecture that has it (0: there is no highest); hot: runs in the stage loop, where a spill fails the
+    gate; dot: has a matrix product, so wgmma is due on sm_90.
     """
 
     name: str
@@ -55,8 +56,13 @@ class KernelSpec:
     production: Mapping[str, Dims]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     min_arch: int = 80
+    max_arch: int = 0
     hot: bool = True
     dot: bool = False
+
+    def on(self, arch: int) -> bool:
+        """Whether an architecture has it; 0 stands for Triton's interpreter, which has all."""
+        return not arch or self.min_arch <= arch <= (self.max_arch or arch)
 
     @property
     def summary(self) -> str:

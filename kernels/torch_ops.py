@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liverelay.kernels.contract import Norm, Place, Update
+from liverelay.kernels.contract import Norm, Place, Scales, Update
 
 Table = tuple[Tensor, Tensor]  # cos and sin [T, d/2] float32 holding float16 values
 
@@ -97,7 +97,7 @@ def qk_norm_rope(
     qk: Tensor,
     weights: tuple[Tensor, Tensor],
     table: Table,
-    outs: tuple[Tensor, Tensor],
+    outs: tuple[Tensor, ...],
     place: Place,
     *,
     eps: float,
@@ -107,32 +107,71 @@ def qk_norm_rope(
     """Full-width RMS norm of q and k, RoPE, and the write of k into its arena rows.
 
     qk [T, 2D]; weights: RMS weights of q and k [D]; table: cos and sin [T, d/2]; outs: q [T, H, d], and one layer's
-    arena of keys [N, H, d], written from row place.row on; k_raw [T, H, d], where given, receives k before RoPE.
-    reference: the sink's reference keys before RoPE [P, H, d] and their table, written to rows 0..P-1 where they move.
+    arena of keys [N, H, d], written from row place.row on; where both are e4m3, their scales [H, T] and [H, N] too.
+    k_raw [T, H, d], where given, receives k before RoPE. reference: the sink's reference keys before RoPE [P, H, d]
+    and their table, written to rows 0..P-1 where they move.
     """
-    tokens, width = qk.shape[0], qk.shape[1] // 2
-    q_out, arena = outs
-    raw = torch.empty_like(q_out) if k_raw is None else k_raw
-    for part, weight, rows in zip(
-        qk.split(width, dim=1), weights, (q_out, arena[place.row : place.row + tokens]), strict=True
+    width = qk.shape[1] // 2
+    q_out, arena = outs[:2]
+    q_scale, k_scale = outs[2:] or (None, None)
+    raw = torch.empty(q_out.shape, dtype=qk.dtype, device=qk.device) if k_raw is None else k_raw
+
+    def turn(x: Tensor, angles: Table, out: Tensor, first: int, scale: Tensor | None) -> None:
+        rows = out[first : first + len(x)]
+        if scale is None:
+            rotate(x, *angles, out=rows)
+        else:
+            quantize_heads(rotate(x.float(), *angles, out=torch.empty(x.shape, device=x.device)), rows,
+                           scale[:, first : first + len(x)])  # fmt: skip
+
+    for part, weight, target in zip(
+        qk.split(width, dim=1), weights, ((q_out, 0, q_scale), (arena, place.row, k_scale)), strict=True
     ):
         rms_norm(part, weight, raw.view(-1, width), eps=eps)
-        rotate(raw, *table, out=rows)
+        turn(raw, table, *target)
     if reference is not None and place.moved:
-        rotate(reference[0], *reference[1], out=arena[: reference[0].shape[0]])
+        turn(*reference, arena, 0, k_scale)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
+def quantize_heads(x: Tensor, out: Tensor, scale_out: Tensor) -> None:
+    """x [T, H, d] to e4m3 codes, each head of a token with its own scale, written to scale_out [H, T]."""
+    codes, scale = torch.empty(x.shape, dtype=out.dtype, device=x.device), torch.empty(x.shape[:2], device=x.device)
+    quantize_rows(x.flatten(0, 1), codes.view(-1, x.shape[2]), scale.view(-1))
+    out.copy_(codes)
+    scale_out.copy_(scale.t())
+
+
+def store_values(v: Tensor, arena: Tensor, place: Place, scale: float) -> None:
+    """e4m3 codes of v [T, H, d] / scale to the arena's rows from place.row on. arena [N, H, d], any strides."""
+    arena[place.row : place.row + len(v)].copy_((v.float() / scale).clamp_(-448, 448))
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, scales: Scales | None = None
+) -> Tensor:
     """out = softmax(q k^T / sqrt(d)) v without mask, over the first place.valid rows of k and v (None: all).
 
-    q, out [T, H, d]; k, v [N, H, d], any strides but the last.
+    q, out [T, H, d]; k, v [N, H, d], any strides but the last. With scales q, k and v are e4m3 codes.
     """
     if place is not None:
         k, v = k[: place.valid], v[: place.valid]
+    if scales is not None:
+        return _attention_fp8(q, k, v, out, scales)
     attended = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
     )
     return out.copy_(attended.squeeze(0).transpose(0, 1))
+
+
+def _attention_fp8(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scales: Scales) -> Tensor:
+    """Head by head in float32; the shares are e4m3 too, of which a row's largest is 256, and the sum of the exact."""
+    for head in range(q.shape[1]):
+        logits = (q[:, head].float() @ k[:, head].float().t()) * scales.q[head].unsqueeze(1)
+        logits = logits * scales.k[head, : len(k)] * q.shape[2] ** -0.5
+        shares = 256 * torch.exp(logits - logits.amax(dim=1, keepdim=True))
+        mixed = shares.to(v.dtype).float() @ v[:, head].float()
+        out[:, head].copy_(mixed * (scales.v / shares.sum(dim=1, keepdim=True)))
+    return out
 
 
 def gelu(x: Tensor, out: Tensor, scale_out: Tensor | None = None) -> Tensor:

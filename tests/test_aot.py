@@ -187,8 +187,9 @@ def test_occupancy(figures: tuple[int, int, int, int], expected: tuple[int, str,
 
 
 def kernel(**changes: object) -> SimpleNamespace:
-    fields = dict(name="k", production={"big": {}}, small={"odd": {}, "one": {}}, min_arch=80, hot=True, dot=False)
-    return SimpleNamespace(**(fields | {"dtypes": (torch.float32, torch.bfloat16)} | changes))
+    fields = dict(name="k", production={"big": {}}, small={"odd": {}, "one": {}}, min_arch=80, max_arch=0)
+    fields |= {"dtypes": (torch.float32, torch.bfloat16), "hot": True, "dot": False}
+    return SimpleNamespace(**(fields | changes))
 
 
 def test_jobs_of_a_kernel() -> None:
@@ -196,6 +197,7 @@ def test_jobs_of_a_kernel() -> None:
     assert jobs == {("big", "bfloat16"), ("odd", "float32"), ("odd", "bfloat16")}
     assert {job.arch for job in jobs_of(kernel(), ALL)} == {80, 89, 90, 100}
     assert {job.arch for job in jobs_of(kernel(min_arch=90), ALL)} == {90, 100}
+    assert {job.arch for job in jobs_of(kernel(min_arch=90, max_arch=90), ALL)} == {90}
     assert {job.arch for job in jobs_of(kernel(dtypes=(torch.float8_e4m3fn,)), ALL)} == {89, 90, 100}
     assert ("big", "float32") in {(job.dims, job.dtype) for job in jobs_of(kernel(dtypes=(torch.float32,)), ALL)}
     assert not list(jobs_of(kernel(), Selection((90,), "other")))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import liverelay.kernels
 from liverelay.engine.cli import main
 from liverelay.kernels import torch_ops
 from liverelay.kernels.attention_backends import candidates, fastest, flash_attention, try_out
@@ -52,6 +53,32 @@ def test_without_a_right_one_there_is_none() -> None:
 
 def test_a_cpu_has_pytorch_alone() -> None:
     assert list(candidates(torch.device("cpu"), triton_works=True)) == ["torch"]
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)])
+def test_the_specialised_kernel_is_a_candidate_on_sm_90_alone(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = candidates(torch.device("cuda"), triton_works=True)
+    assert "triton-pointer" in found and ("triton-specialised" in found) == (capability == (9, 0))
+    assert "triton-specialised" not in candidates(torch.device("cuda"), triton_works=False)
+
+
+def test_without_gluon_the_rest_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from liverelay.kernels import registry
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for name in [name for name in sys.modules if name.startswith("triton.experimental.gluon")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
+    monkeypatch.delitem(sys.modules, "liverelay.kernels.attention_gluon", raising=False)
+    monkeypatch.delattr(liverelay.kernels, "attention_gluon", raising=False)
+    assert registry.gluon_specs() == []
+    found = candidates(torch.device("cuda"), triton_works=True)
+    assert "triton-descriptor" in found and "triton-specialised" not in found
 
 
 @pytest.mark.parametrize("pair", [False, True])

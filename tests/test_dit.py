@@ -152,7 +152,7 @@ def test_small_magnitudes_show_the_eps_values_and_two_speakers_add_up(golden: Pa
     layer, modulation = dit.weights.layers[0], tables.layers[0]
     dit.ops.residual_norm(stream.copy_(x), [], _stream_norm(modulation), norm, eps=config.eps)
     dit._project(ws, layer, arena, 0, count, ws.block_rope.both)
-    updates = dit._attend(ws, layer, modulation, (arena.k[0], arena.v[0], ws.place), text, 0, count)
+    updates = dit._attend(ws, layer, modulation, arena, text, 0, count)
     assert relative(stream_after(updates), unit["block0_out"][0]) <= 1e-5
     audio = dit.audio_condition(inputs["audio.0"], 3)
     for j, i in enumerate(config.audio_inject_layers):

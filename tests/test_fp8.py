@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from liverelay.engine.cache import arena_bytes
 from liverelay.engine.checkpoint import find_checkpoint
 from liverelay.engine.cli import main
-from liverelay.engine.devices import check_fp8
+from liverelay.engine.devices import check_fp8, fp8_parts
 from liverelay.engine.errors import InputError
 from liverelay.engine.inspection import inspect_checkpoint
 from liverelay.engine.models.dit import DiT
@@ -78,20 +79,68 @@ def test_odd_rows_are_safe(rng: torch.Generator) -> None:
     assert codes.float().abs().max() <= 448
 
 
-def test_fp8_layers_stay_close_to_bfloat16(checkpoint: Path, rng: torch.Generator) -> None:
-    source, config = find_checkpoint(checkpoint).open_dit()
-    geometry, flows = Geometry(8, 8, config.head_dim), []
-    inputs = [torch.randn(16, n, 8, 8, generator=rng) for n in (1, 19, 3)]
-    sound = torch.randn(1, config.audio_states, config.audio_dim, 12, generator=rng)
-    for fp8 in (False, True):
-        dit = DiT.load(source, config, dtype=torch.bfloat16, fp8=fp8)
-        ws, arena, text = dit.make_workspace(geometry), dit.make_arena(geometry), dit.text_condition(torch.ones(3, 64))
-        dit.prefill(ws, arena, dit.timestep_tables(0.0), text, dit.sink_tokens(inputs[0], inputs[1]))
+def last_flow(dit: DiT, rng: torch.Generator, blocks: int) -> Tensor:
+    """The flow of the last of some blocks of random inputs, and what came before it in the arena."""
+    config, geometry = dit.config, Geometry(8, 8, dit.config.head_dim)
+    reference, motion = (torch.randn(16, n, 8, 8, generator=rng) for n in (1, 19))
+    ws, arena, text = dit.make_workspace(geometry), dit.make_arena(geometry), dit.text_condition(torch.ones(3, 64))
+    dit.prefill(ws, arena, dit.timestep_tables(0.0), text, dit.sink_tokens(reference, motion))
+    tables = dit.timestep_tables(857.7)
+    for block in range(blocks):
+        sound = torch.randn(1, config.audio_states, config.audio_dim, 12, generator=rng)
+        latent = torch.randn(16, 3, 8, 8, generator=rng).to(dit.device, dit.dtype)
         conditions = (text, dit.audio_condition(sound, 3), dit.pose_condition(None))
-        latent = inputs[2].bfloat16()
-        flows.append(dit.block_step(ws, arena, dit.timestep_tables(857.7), latent, 0, 30, conditions).clone())
-        assert dit.weights.fp8 == fp8 and ws.h.dtype == (FP8 if fp8 else torch.bfloat16)
-    assert 1e-4 < relative(flows[1], flows[0].float()) < 0.1
+        flow = dit.block_step(ws, arena, tables, latent, 3 * block, 3 * block + 30, conditions)
+    return flow.float().cpu()
+
+
+@pytest.mark.parametrize(("products", "attention"), [(True, False), (False, True), (True, True)])
+def test_fp8_stays_close_to_bfloat16(checkpoint: Path, seed: int, products: bool, attention: bool) -> None:
+    source, config = find_checkpoint(checkpoint).open_dit()
+    flows = []
+    for on in (False, True):
+        fp8 = {"fp8": products and on, "fp8_attention": attention and on}
+        dit = DiT.load(source, config, dtype=torch.bfloat16, **fp8)
+        flows.append(last_flow(dit, torch.Generator().manual_seed(seed), blocks=6))  # the ring wraps
+        workspace = dit.make_workspace(Geometry(8, 8, config.head_dim))
+        assert dit.weights.fp8 == fp8["fp8"] and dit.fp8_attention == fp8["fp8_attention"]
+        assert workspace.h.dtype == (FP8 if fp8["fp8"] else torch.bfloat16)
+    assert 1e-4 < relative(flows[1], flows[0]) < 0.1
+
+
+def test_fp8_attention_halves_the_arena(checkpoint: Path) -> None:
+    source, config = find_checkpoint(checkpoint).open_dit()
+    geometry, sizes = Geometry(8, 8, config.head_dim), []
+    for on in (False, True):
+        dit = DiT.load(source, config, dtype=torch.bfloat16, fp8_attention=on)
+        arena, other = dit.make_arena(geometry), dit.make_arena(geometry)
+        assert arena.nbytes == arena_bytes(config, geometry, 2, fp8=on)
+        assert arena.k.dtype == arena.v.dtype == (FP8 if on else torch.bfloat16)
+        tensors = [t for t in (arena.k, arena.v, arena.reference_k, arena.k_scale) if t is not None]
+        for tensor in tensors:
+            tensor.fill_(1.0)
+        other.copy_sink(arena)
+        sink = geometry.sink_tokens
+        for ours in (other.k[:, :sink], other.v[:, :sink], other.reference_k):
+            assert ours.float().eq(1).all()
+        assert other.k[:, sink:].float().eq(0).all() and other.v[:, sink:].float().eq(0).all()
+        assert other.k_scale is None or other.k_scale.sum(dim=2).eq(sink).all()
+        sizes.append(arena.k.nbytes + arena.v.untyped_storage().nbytes())
+    assert sizes[1] <= 0.55 * sizes[0]
+
+
+def test_no_value_can_saturate_in_fp8_attention(checkpoint: Path, rng: torch.Generator) -> None:
+    source, config = find_checkpoint(checkpoint).open_dit()
+    dit = DiT.load(source, config, dtype=torch.float32, fp8_attention=True)
+    for timestep in (0.0, 312.5, 1000.0):
+        tables = dit.timestep_tables(timestep).layers
+        for i, layer in enumerate(dit.weights.layers):
+            x = torch.randn(64, config.dim, generator=rng)
+            x[:32] *= torch.randn(config.dim, generator=rng).exp().square()  # a few channels hold nearly everything
+            h = torch.nn.functional.layer_norm(x, x.shape[1:]) * (1 + tables[i, 1]) + tables[i, 0]
+            largest = float((h @ layer.v.weight.t() + layer.v.bias).abs().max())
+            assert largest <= 448 * dit.value_scales[i] * 1.01
+            assert largest >= dit.value_scales[i]  # far above the smallest normal code, 1/64
 
 
 def test_a_quantized_checkpoint_is_what_loading_quantizes(checkpoint: Path, tmp_path: Path) -> None:
@@ -133,6 +182,13 @@ def test_quantize_command_tells_errors_and_refuses(
     lora = str(checkpoint / "LiveAvatar" / "liveavatar.safetensors")
     assert main([*again, "--lora", lora]) == 1 and "--lora" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["errors.json", "fp8"]
+
+
+def test_parts_in_fp8_are_named() -> None:
+    assert fp8_parts(False) == (False, False) and fp8_parts(True) == fp8_parts("products") == (True, False)
+    assert fp8_parts("attention") == (False, True) and fp8_parts("all") == (True, True)
+    with pytest.raises(InputError, match="products, attention, all"):
+        fp8_parts("everything")
 
 
 @pytest.mark.parametrize(

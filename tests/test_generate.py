@@ -56,6 +56,7 @@ def names(folder: Path) -> list[str]:
         (0.02, 48000, 1, []),
         (2.0, 22050, 3, ["--seconds", "0.6"]),
         (0.4, 16000, 1, ["--fp8"]),
+        (0.4, 16000, 1, ["--fp8", "all"]),
     ],
 )
 def test_video_lasts_as_long_as_the_sound(

@@ -28,12 +28,13 @@ from liverelay.engine.models.layers import (
     encode_audio,
     load_weights,
     timestep_tables,
+    value_scales,
 )
 from liverelay.engine.models.weights import Linear
 from liverelay.engine.models.workspace import Workspace
 from liverelay.kernels import dispatch
 from liverelay.kernels.attention_backends import Attention, candidates, fastest, try_out
-from liverelay.kernels.contract import Norm, Place, Update
+from liverelay.kernels.contract import Norm, Scales, Update
 
 Tap = Callable[[str, Tensor], None]
 NOISY, REFERENCE, MOTION = 0, 1, 2
@@ -43,15 +44,18 @@ class DiT:
     """The transformer of one device: weights, operators and the functions that fill static buffers with them."""
 
     def __init__(
-        self, weights: DiTWeights, config: DiTConfig, *, dtype: torch.dtype, backend: str | None = None
+        self, weights: DiTWeights, config: DiTConfig, *, dtype: torch.dtype, backend: str | None = None,
+        fp8_attention: bool = False,
     ) -> None:
         self.weights, self.config, self.dtype = weights, config, dtype
         self.device = weights.patch.weight.device
         try:
             self.ops: ModuleType = dispatch.get(backend, self.device)
             self.attention: Attention = self.ops.attention
+            self.attention_fp8: Callable[..., Tensor] = self.ops.attention
         except ValueError as error:
             raise InputError(str(error)) from None
+        self.value_scales = value_scales(weights, config) if fp8_attention else []
 
     @classmethod
     def load(
@@ -63,18 +67,27 @@ class DiT:
         dtype: torch.dtype = torch.bfloat16,
         backend: str | None = None,
         fp8: bool = False,
+        fp8_attention: bool = False,
     ) -> DiT:
         """Build from checkpoint tensors (spec dit.md section 2). CheckpointError names a key that does not fit.
 
         fp8: the stage loop's linear layers in e4m3, one scale per output channel and per row of activations.
+        fp8_attention: self-attention in e4m3, one scale for each head of a query and of a key; half the arena.
         """
-        return cls(load_weights(source, config, device, dtype, fp8=fp8), config, dtype=dtype, backend=backend)
+        weights = load_weights(source, config, device, dtype, fp8=fp8)
+        return cls(weights, config, dtype=dtype, backend=backend, fp8_attention=fp8_attention)
+
+    @property
+    def fp8_attention(self) -> bool:
+        return bool(self.value_scales)
 
     def make_workspace(self, geometry: Geometry) -> Workspace:
-        return Workspace(self.config, geometry, self.device, self.dtype, fp8=self.weights.fp8)
+        return Workspace(
+            self.config, geometry, self.device, self.dtype, fp8=self.weights.fp8, fp8_attention=self.fp8_attention
+        )
 
     def make_arena(self, geometry: Geometry) -> Arena:
-        return Arena(self.config, geometry, self.device, self.dtype)
+        return Arena(self.config, geometry, self.device, self.dtype, fp8=self.fp8_attention)
 
     def choose_attention(self, geometry: Geometry, say: Callable[[str], None]) -> None:
         """Take the fastest attention that is right on this device and resolution (on a CPU there is one)."""
@@ -170,7 +183,8 @@ class DiT:
         The ring is not touched. The sink does not depend on the timestep: other arenas take it by `copy_sink`.
         """
         sink, reference = ws.geometry.sink_tokens, ws.geometry.frame_tokens
-        x, h, place = ws.x[:sink].copy_(tokens), ws.h[:sink], ws.place.fill(0, sink, False)
+        x, h = ws.x[:sink].copy_(tokens), ws.h[:sink]
+        ws.place.fill(0, sink, False)
         raw = ws.y[2][:sink].view(sink, self.config.num_heads, -1)
         last = len(self.weights.layers) - 1
         scale = _rows(ws.h_scale, sink)
@@ -184,7 +198,7 @@ class DiT:
                 tap(f"cond_k.{i}", raw)
                 tap(f"cond_v.{i}", arena.v[i, :sink])
             if i < last:  # the last layer's output has no reader
-                updates = self._attend(ws, layer, tables.layers[i], (arena.k[i], arena.v[i], place), text, i, sink)
+                updates = self._attend(ws, layer, tables.layers[i], arena, text, i, sink)
                 following = _stream_norm(tables.layers[i + 1])
                 self.ops.residual_norm(x, updates, following, h, eps=self.config.eps, x_out=x, scale_out=scale)
         arena.reference_position = REFERENCE_POSITION
@@ -207,7 +221,7 @@ class DiT:
         if moved:
             ws.reference_rope.fill_times(reference_position)
             arena.reference_position = reference_position
-        place = ws.place.fill(geometry.slot_row(start_frame), geometry.valid_tokens(start_frame), moved)
+        ws.place.fill(geometry.slot_row(start_frame), geometry.valid_tokens(start_frame), moved)
         patch, x, h = self.weights.patch, ws.x[:tokens], ws.h[:tokens]
         self.ops.embed(latent, (patch.weight, patch.bias), pose, self.weights.kinds[NOISY], x)
         if tap:
@@ -219,7 +233,7 @@ class DiT:
         for i, layer in enumerate(self.weights.layers):
             reference = (arena.reference_k[i], ws.reference_rope.both) if moved else None
             self._project(ws, layer, arena, i, tokens, ws.block_rope.both, reference=reference)
-            updates = self._attend(ws, layer, tables.layers[i], (arena.k[i], arena.v[i], place), text, i, tokens)
+            updates = self._attend(ws, layer, tables.layers[i], arena, text, i, tokens)
             last = i + 1 == len(self.weights.layers)
             following = (ws.head[:tokens], None) if last else (h, scale)
             if i in self.weights.injectors:
@@ -246,11 +260,26 @@ class DiT:
         ops, attn, h, place = self.ops, layer.self_attn, ws.h[:tokens], ws.place
         scale = _rows(ws.h_scale, tokens)
         self._linear(h, scale, attn.first, ws.qk[:tokens])
-        self._linear(h, scale, layer.v, arena.v[i, place.row : place.row + tokens].flatten(1))
+        outs: tuple[Tensor, ...] = (ws.q[:tokens], arena.k[i])
+        if arena.k_scale is None or ws.q8 is None or ws.q_scale is None:
+            self._linear(h, scale, layer.v, arena.v[i, place.row : place.row + tokens].flatten(1))
+        else:
+            v = ws.y[0][:tokens]  # nothing else is in it by now
+            self._linear(h, scale, layer.v, v)
+            ops.store_values(v.view(outs[0].shape), arena.v[i], place, self.value_scales[i])
+            outs = (ws.q8[:tokens], arena.k[i], ws.q_scale[:, :tokens], arena.k_scale[i])
         ops.qk_norm_rope(
-            ws.qk[:tokens], (attn.norm_q, attn.norm_k), rope, (ws.q[:tokens], arena.k[i]), place,
-            eps=self.config.eps, k_raw=k_raw, reference=reference,
+            ws.qk[:tokens], (attn.norm_q, attn.norm_k), rope, outs, place, eps=self.config.eps, k_raw=k_raw,
+            reference=reference,
         )
+
+    def _self_attention(self, ws: Workspace, arena: Arena, i: int, tokens: int) -> Tensor:
+        """Queries of the workspace against a layer of the arena, into ws.attended."""
+        k, v, out = arena.k[i], arena.v[i], ws.attended[:tokens]
+        if arena.k_scale is None or ws.q8 is None or ws.q_scale is None:
+            return self.attention(ws.q[:tokens], k, v, out, ws.place)
+        scales = Scales(ws.q_scale[:, :tokens], arena.k_scale[i], self.value_scales[i])
+        return self.attention_fp8(ws.q8[:tokens], k, v, out, ws.place, scales)
 
     def _linear(self, x: Tensor, scale: Tensor | None, layer: Linear, out: Tensor) -> None:
         """A product in the working dtype, or in FP8 where the layer is: x then holds codes, scale one value a row."""
@@ -267,8 +296,8 @@ class DiT:
         self._linear(attended, scale, layer, out)
 
     def _attend(
-        self, ws: Workspace, layer: LayerWeights, modulation: Tensor, keys: tuple[Tensor, Tensor, Place],
-        text: TextCondition, i: int, tokens: int,
+        self, ws: Workspace, layer: LayerWeights, modulation: Tensor, arena: Arena, text: TextCondition, i: int,
+        tokens: int,
     ) -> list[Update]:
         """The rest of a layer; returns what it adds to the residual stream: self, cross attention, feed-forward."""
         ops, eps = self.ops, self.config.eps
@@ -277,7 +306,7 @@ class DiT:
         q, attended = ws.q[:tokens], ws.attended[:tokens]
         own, cross, forward = (y[:tokens] for y in ws.y)
 
-        self.attention(q, keys[0], keys[1], attended, keys[2])
+        self._self_attention(ws, arena, i, tokens)
         self._project_out(ws, layer.self_attn.out, tokens, own)
         affine, scale = Norm(*layer.norm3, plus_one=False, round_input=True), _rows(ws.h_scale, tokens)
         ops.residual_norm(x, [(own, gate1)], affine, h, eps=eps, scale_out=scale)

@@ -43,7 +43,8 @@ class Workspace:
     """The static buffers of one device and resolution. Stages on the same device that run in turn share them."""
 
     def __init__(
-        self, config: DiTConfig, geometry: Geometry, device: torch.device, dtype: torch.dtype, *, fp8: bool = False
+        self, config: DiTConfig, geometry: Geometry, device: torch.device, dtype: torch.dtype, *, fp8: bool = False,
+        fp8_attention: bool = False,
     ) -> None:
         tokens = max(geometry.block_tokens, geometry.sink_tokens)
         width, heads = config.dim, (config.num_heads, config.head_dim)
@@ -60,6 +61,9 @@ class Workspace:
         self.y = [make(width) for _ in range(3)]  # what self-attention, cross attention and feed-forward add to it
         self.qk, self.ffn = make(2 * width), make(config.ffn_dim)
         self.q, self.attended = make(*heads), make(*heads)
+        # Queries of FP8 attention and their scales; other attentions keep to q.
+        self.q8 = make(*heads, of=FP8) if fp8_attention else None
+        self.q_scale = torch.empty((config.num_heads, tokens), device=device) if fp8_attention else None
         self.head = make(width, of=torch.float32)
         self.place = Place.make(device)
         self.flow = make(4 * config.in_channels)

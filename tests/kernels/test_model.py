@@ -8,9 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from liverelay.engine.checkpoint import find_checkpoint
 from liverelay.engine.golden import GoldenOptions, run
+from liverelay.engine.models.dit import DiT
 from tests import regression
 from tests.compare import relative
+from tests.test_fp8 import last_flow
 from tests.test_golden import check_transformer
 
 
@@ -32,6 +35,17 @@ def test_rollout_on_fused_kernels_equals_the_torch_backend(tmp_path: Path, devic
     plain = run("tpp", tmp_path, GoldenOptions(backend="torch"))
     for name, tensor in plain.items():
         assert relative(got[name].cpu(), tensor) <= 2e-5, name
+
+
+def test_fp8_attention_on_fused_kernels_equals_the_torch_backend(
+    checkpoint: Path, device: torch.device, seed: int
+) -> None:
+    source, config = find_checkpoint(checkpoint).open_dit()
+    flows = []
+    for backend in ("torch", "triton"):
+        dit = DiT.load(source, config, device=device, dtype=torch.bfloat16, backend=backend, fp8_attention=True)
+        flows.append(last_flow(dit, torch.Generator().manual_seed(seed), blocks=2))
+    assert relative(flows[1], flows[0]) <= 2e-2
 
 
 def test_long_positions_on_fused_kernels(tmp_path: Path, device: torch.device) -> None:

@@ -1,0 +1,243 @@
+"""The specialised attention: sizes that its loops are about, and a proof that faults of its protocol would be seen.
+
+Without a GPU it runs in the machine of kernels/gluon_interpreter.py, in several orders; with an sm_90 the same
+sizes run on it. The second half breaks the source in one place each time: the machine must object.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon")
+attention_gluon = pytest.importorskip("liverelay.kernels.attention_gluon", exc_type=ImportError)
+from liverelay.kernels.attention import make_inputs, reference_attention  # noqa: E402
+from liverelay.kernels.launch import INTERPRETED  # noqa: E402
+from liverelay.kernels.spec import Case  # noqa: E402
+
+if INTERPRETED:
+    from liverelay.kernels import gluon_interpreter as gi
+    from liverelay.kernels import gluon_machine as gm
+
+ATTENTION = "attention_specialised"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="on a GPU a fault would hang or pass unseen")
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.skipif(not (INTERPRETED or HOPPER), reason="the kernel is for sm_90")
+SIZES = {
+    "one-key": (200, 1, 64, 9, 1),
+    "one-key-before-a-tile": (128, 2, 128, 300, 127),
+    "one-key-after-a-tile": (128, 2, 128, 300, 129),
+    "whole": (130, 2, 64, 256, 256),
+    "stages-wrap-around": (300, 5, 128, 1290, 1285),
+    "full-arena": (260, 4, 32, 1280, 1280),
+    "one-query": (1, 7, 64, 513, 512),
+}
+
+
+def case_of(size: tuple[int, int, int, int, int], dtype: torch.dtype, seed: int, device: torch.device) -> Case:
+    dims = dict(zip(("tokens", "heads", "head_dim", "rows", "valid"), size, strict=True))
+    return make_inputs(dims | {"placed": 1}, dtype, torch.Generator().manual_seed(seed), device)
+
+
+def error_of(case: Case) -> float:
+    """Relative error of what the case's output holds; NaN where it holds one."""
+    exact = reference_attention(*case.args)["out"]
+    return float((case.outputs["out"].double() - exact).norm() / exact.norm())
+
+
+def in_order(seed: int) -> object:
+    return gi.order(seed) if INTERPRETED else nullcontext()
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_sizes_of_the_loops(size: tuple[int, int, int, int, int], device: torch.device, seed: int) -> None:
+    case = case_of(size, torch.bfloat16, seed, device)
+    with in_order(seed):
+        attention_gluon.attention_specialised(*case.args)
+    assert error_of(case) < 4e-3
+
+
+def test_half_precision(device: torch.device, seed: int) -> None:
+    case = case_of((140, 3, 64, 200, 190), torch.float16, seed, device)
+    attention_gluon.attention_specialised(*case.args)
+    assert error_of(case) < 5e-4
+
+
+def test_large_logits(device: torch.device, seed: int) -> None:
+    """Weights far below and above those of the first tile; their exponentials would overflow without the maximum."""
+    case = case_of((140, 2, 64, 700, 690), torch.bfloat16, seed, device)
+    q, k = case.args[:2]
+    q.mul_(30)
+    k.mul_(torch.linspace(0.1, 10, k.shape[0], device=device)[:, None, None].to(k.dtype))
+    attention_gluon.attention_specialised(*case.args)
+    assert error_of(case) < 6e-3
+
+
+def test_without_valid_rows_it_ends(device: torch.device, seed: int) -> None:
+    case = case_of((140, 2, 64, 300, 200), torch.bfloat16, seed, device)
+    case.args[4].fill(0, 0, False)
+    attention_gluon.attention_specialised(*case.args)
+    assert case.outputs["out"].isnan().all()
+
+
+def test_refusals(device: torch.device, seed: int) -> None:
+    case = case_of((4, 2, 64, 8, 8), torch.bfloat16, seed, device)
+    q, k, v, out, place = case.args
+    attention = attention_gluon.attention_specialised
+    across = k.transpose(0, 1).contiguous().transpose(0, 1)
+    for wrong in ([part.float() for part in (q, k, v, out)], [part[..., :48].contiguous() for part in (q, k, v, out)],
+                  [q, k, v.half(), out], [q, across, v, out]):  # fmt: skip
+        with pytest.raises(ValueError, match="specialised attention: needs contiguous"):
+            attention(*wrong, place)
+    with pytest.raises(ValueError, match="specialised attention: v has shape"):
+        attention(q, k, v[:4], out, place)
+
+
+# -- the machine ------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_orders_give_the_same_bits(head_dim: int, device: torch.device, seed: int) -> None:
+    results = []
+    for number in range(8):
+        case = case_of((300, 4, head_dim, 700, 650), torch.bfloat16, seed, device)
+        with gi.order(seed + number):
+            attention_gluon.attention_specialised(*case.args)
+        results.append(case.outputs["out"])
+    assert error_of(case) < 4e-3
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def mutant(path: Path, *changes: tuple[str, str]) -> ModuleType:
+    """The kernel's module with parts of its source replaced; each must stand there exactly once."""
+    source = Path(inspect.getfile(attention_gluon)).read_text()
+    for old, new in changes:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("mutant", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def objections(module: ModuleType, seed: int) -> Iterator[str]:
+    """What the machine says, or the wrong result, in some orders; head sizes with two and with four stages."""
+    for number in range(2):
+        for size in ((300, 4, 128, 700, 650), (300, 4, 64, 1100, 1090)):
+            case = case_of(size, torch.bfloat16, seed, torch.device("cpu"))
+            try:
+                with gi.order(seed + number):
+                    module.attention_specialised(*case.args)
+            except gm.Fault as fault:
+                yield str(fault)
+            else:
+                yield "" if error_of(case) < 4e-3 else "wrong result"
+
+
+def line(depth: int, text: str) -> str:
+    """A whole line of the source, with the end of the one before it."""
+    return f"\n{' ' * depth}{text}\n"
+
+
+WAIT_Q = line(8, "mbarrier.wait(q_full.index(WHICH), turn)")
+WAIT_K = line(8, "mbarrier.wait(k_full.index(stage), step // STAGES & 1)")
+WAIT_NEXT = "mbarrier.wait(k_full.index((step + 2) % STAGES), (step + 2) // STAGES & 1, pred=back + 1 < last)"
+WAIT_V = line(12, "mbarrier.wait(v_full.index(stage), step // STAGES & 1)")
+WAIT_LAST_V = line(8, "mbarrier.wait(v_full.index(stage), step // STAGES & 1)")
+WAIT_EMPTY = line(4, "mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)")
+WAIT_RAW = line(4, "mbarrier.wait(raw, turn)")
+LOGITS = line(12, "logits = warpgroup_mma_wait(1, deps=(asked,))")
+MIXED = line(12, "mixed = warpgroup_mma_wait(0, deps=(mixing,))")
+FREE_Q = line(8, "mbarrier.arrive(q_empty.index(WHICH), count=1)")
+FREE_K = line(12, "mbarrier.arrive(k_empty.index(after), count=1)")
+FREE_V = line(12, "mbarrier.arrive(v_empty.index(stage), count=1)")
+FREE_LAST_V = line(8, "mbarrier.arrive(v_empty.index(stage), count=1)")
+STORED = line(8, "tma.store_wait(0)")
+LAST_STORED = line(4, "tma.store_wait(0)")
+INIT_FENCE = "    mbarrier.init(raw, count=1)\n    fence_async_shared()\n"
+OUT_FENCE = "(result.to(out_s.dtype))\n        fence_async_shared()\n"
+FULL_BYTES = "mbarrier.expect(full.index(stage), descriptor.block_type.nbytes)"
+SHARES = "            shares = gl.exp2(logits * qk_scale - scaled[:, None])\n"
+ZEROS = "(place < left)[:, None]"
+ANY = ""  # which fault it is depends on the order
+Change = tuple[str, str]
+
+
+def drop(text: str) -> Change:
+    return text, "\n"
+
+
+def swap(first: str, second: str) -> Change:
+    """Two lines that follow each other, in the other order."""
+    return first + second[1:], second + first[1:]
+
+
+MUTATIONS: dict[str, tuple[str, Change]] = {
+    "queries read before they are there": (ANY, drop(WAIT_Q)),
+    "keys read before they are there": (ANY, drop(WAIT_K)),
+    "next keys read before they are there": ("race", (WAIT_NEXT, "pass")),
+    "values read before they are there": ("race", drop(WAIT_V)),
+    "the tile's last values read before they are there": ("race", drop(WAIT_LAST_V)),
+    "queries waited for in the wrong phase": (ANY, (WAIT_Q, WAIT_Q.replace("turn", "turn ^ 1"))),
+    "queries waited for in the first phase": (ANY, (WAIT_Q, WAIT_Q.replace("turn", "0"))),
+    "keys waited for in the wrong phase": (ANY, (WAIT_K, WAIT_K.replace("& 1)", "& 1 ^ 1)"))),
+    "values waited for in the wrong phase": (ANY, (WAIT_V, WAIT_V.replace("& 1)", "& 1 ^ 1)"))),
+    "stages filled before they are empty": ("race", drop(WAIT_EMPTY)),
+    "empty stages waited for in the wrong phase": ("deadlock", (WAIT_EMPTY, WAIT_EMPTY.replace(" ^ 1", ""))),
+    "queries loaded over those that are read": (
+        "race", drop(line(12, "mbarrier.wait(q_empty.index(which), turn ^ 1)"))),
+    "queries given back before the product": ("race", (WAIT_K, WAIT_K + FREE_Q[1:])),
+    "queries never given back": ("deadlock", drop(FREE_Q)),
+    "keys given back before the product has ended": ("race", swap(LOGITS, FREE_K)),
+    "values given back before the product has ended": ("race", swap(MIXED, FREE_V)),
+    "keys never given back": ("deadlock", drop(FREE_K)),
+    "values never given back": ("deadlock", drop(FREE_LAST_V)),
+    "values given back twice": (ANY, (FREE_V, FREE_V + FREE_V[1:])),
+    "one of two readers is enough": (
+        ANY, ("mbarrier.init(v_empty.index(i), count=2)", "mbarrier.init(v_empty.index(i), count=1)")),
+    "logits taken while both products run": ("does not give", (LOGITS, LOGITS.replace("(1,", "(2,"))),
+    "a product's result used without its wait": ("before its wait", (MIXED, line(12, "mixed = mixing"))),
+    "softmax with the old logits": ("wrong result", (SHARES, SHARES.replace("logits", "gl.zeros_like(logits)"))),
+    "sums that are not scaled": ("wrong result", ("total * shrink + ", "total + ")),
+    "output overwritten while it is stored": ("race", drop(STORED)),
+    "the program ends while it stores": ("ends with a TMA store", drop(LAST_STORED)),
+    "no fence between output and store": ("no fence", (OUT_FENCE, OUT_FENCE.splitlines()[0] + "\n")),
+    "no fence between zeros and product": (
+        "no fence", ("    fence_async_shared()  # before the tensor cores' own reads\n", "")),
+    "no fence after the barriers' init": ("init it cannot see", (INIT_FENCE, INIT_FENCE.splitlines()[0] + "\n")),
+    "old values not replaced by zeros": ("wrong result", ("(back == 0) & (left < TILE_N)", "back < 0")),
+    "one row of zeros too few": ("wrong result", (ZEROS, ZEROS.replace("<", "<="))),
+    "one row of zeros too many": ("wrong result", (ZEROS, ZEROS.replace("left", "left - 1"))),
+    "zeros before the copy has arrived": ("race", drop(WAIT_RAW)),
+    "zeros after the wrong phase": (ANY, (WAIT_RAW, WAIT_RAW.replace("turn", "0"))),
+    "a key past the last one counts": ("wrong result", ("0, LOGITS)) < left", "0, LOGITS)) <= left")),
+    "fewer bytes expected": (ANY, (FULL_BYTES, FULL_BYTES.replace("nbytes", "nbytes // 2"))),
+    "more bytes expected": ("deadlock", (FULL_BYTES, FULL_BYTES.replace("nbytes", "nbytes * 2"))),
+    "the producer counts a step too many": (ANY, ("        turn ^= 1\n\n", "        turn ^= 1\n        step += 1\n\n")),
+    "a copy that nobody waits for": (
+        "nobody", ("        turn ^= 1\n\n", "        turn ^= 1\n    load_tile(k, 0, 0, keys, step, STAGES)\n\n")),
+}  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize(("text", "change"), MUTATIONS.values(), ids=MUTATIONS)
+def test_a_broken_protocol_is_seen(text: str, change: Change, tmp_path: Path, seed: int) -> None:
+    """Whatever the order: every run must be objected to."""
+    said = list(objections(mutant(tmp_path / "mutant.py", change), seed))
+    print(*said, sep="\n")
+    assert all(said) and any(text in objection for objection in said)
+
+
+@interpreted
+def test_the_unbroken_one_passes_the_same(tmp_path: Path, seed: int) -> None:
+    assert not any(objections(mutant(tmp_path / "same.py"), seed))
