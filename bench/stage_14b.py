@@ -47,6 +47,7 @@ PARTS = ("linear, text, audio", "self-attention", "element-wise", "rest")
 PART_OF = {
     "linear": 0, "linear_fp8": 0, "text attention": 0, "audio_attention": 0, "self-attention": 1, "residual_norm": 2,
     "rms_norm": 2, "qk_norm_rope": 2, "gelu": 2, "quantize_rows": 2,
+    "attention": 1, "store_values": 2,
 }  # fmt: skip
 # Of PARTS, for 14B at 704x384 on one H100, in bfloat16 and with FP8 linear layers and bfloat16 attention.
 BUDGET_MS = {False: (117.0, 64.0, 10.0, 2.0), True: (66.0, 64.0, 10.0, 2.0)}
