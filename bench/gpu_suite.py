@@ -197,17 +197,21 @@ def suite(preset: str, gpu: bool, out: Path, seconds: float) -> list[Part]:
     plain = {name: value for name, value in tests.items() if name != "TRITON_INTERPRET"}
     size = "production" if gpu else "small"
     micro = (python, "-m", "bench.micro", "--dims", size, "--json", str(out / "micro.json"))
-    micro += ("--budget", f"{0.33 * seconds:.0f}", "--plot", str(out / "roofline.png"))
+    micro += ("--budget", f"{0.5 * seconds:.0f}", "--plot", str(out / "roofline.png"))
     micro += () if gpu else ("--device", "cpu", "--seconds", "0.02")
     stage = (python, "-m", "bench.stage_14b", "--preset", preset, "--json", str(out / "stage.json"))
     stage += () if gpu else ("--device", "cpu", "--seconds", "0.2", "--compile-seconds", "0")
-    fp8 = (*stage, "--fp8", "--compile-seconds", "0", "--json", str(out / "fp8.json"))  # the last one given counts
+    products, both = (  # the last one given counts
+        (*stage, "--fp8", what, "--compile-seconds", "0", "--json", str(out / f"{name}.json"))
+        for what, name in (("products", "fp8"), ("all", "fp8-all"))
+    )
     return [
         Part("kernels", ((*sharded, "tests/kernels"),) * shards, 0, 3.0, tests, sharded=True),
         Part("tests", ((*sharded, *there),) * min(2, shards), 0, 3.0, plain, sharded=True),
-        Part("micro", (micro,), 1, 3.5, base, "micro.json"),
+        Part("micro", (micro,), 1, 6.0, base, "micro.json"),
         Part("stage", (stage,), 2, 2.5, base, "stage.json"),
-        Part("fp8", (fp8,), 3, 1.0, base, "fp8.json"),
+        Part("fp8", (products,), 3, 1.0, base, "fp8.json"),
+        Part("fp8-all", (both,), 4, 1.0, base, "fp8-all.json"),
     ]
 
 

@@ -258,8 +258,11 @@ def takes_descriptors(q: Tensor) -> bool:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, scales: Scales | None = None
 ) -> Tensor:
-    """The kernel that suits the device: through descriptors from sm_90 on, else through pointers."""
-    launch = attention_descriptor if arch(q) >= 90 and takes_descriptors(q) else attention_pointer
+    """The kernel that suits the device: through descriptors from sm_100 on, else through pointers.
+
+    On an H100 pointers are faster (2.1 against 2.4 ms at 14B); where the engine measures, it takes the fastest of all.
+    """
+    launch = attention_descriptor if arch(q) >= 100 and takes_descriptors(q) else attention_pointer
     return launch(q, k, v, out, place, scales)
 
 

@@ -75,7 +75,7 @@ def audio_attention(q: Tensor, weight: Tensor, k: Tensor, v: Tensor, out: Tensor
         audio_attention_kernel, triton.cdiv(tokens, rows), q, weight, k, v, out, q.stride(0), k.stride(0), k.stride(1),
         tokens // frames, tokens, head_dim**-0.5 * 1.4426950408889634, eps, WIDTH=width, HEAD_DIM=head_dim,
         HEAD_TILE=head_tile, HEADS_TILE=heads_tile, COUNT=count, ROWS=rows,
-        num_warps=min(16, max(1, rows * head_tile * heads_tile // 512)), num_stages=1,
+        num_warps=min(16, max(4, rows * head_tile * heads_tile // 2048)), num_stages=1,
     )  # fmt: skip
     return out
 

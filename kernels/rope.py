@@ -113,7 +113,7 @@ def qk_norm_rope(
         qk.stride(0), q_scale.stride(0), k_scale.stride(0), tokens, rows, own, eps,
         HALF=head_dim // 2, HAS_RAW=k_raw is not None, QUANTIZE=len(outs) > 2, WIDTH=heads * head_dim,
         HEADS_TILE=heads_tile, HEAD_TILE=head_tile, ROWS=tile_rows,
-        num_warps=min(16, max(1, tile_rows * head_tile * heads_tile // 1024)), num_stages=1,
+        num_warps=min(16, max(1, tile_rows * head_tile * heads_tile // 2048)), num_stages=1,
     )  # fmt: skip
 
 

@@ -287,7 +287,7 @@ def test_parts_add_up_to_the_block_step() -> None:
 
 
 def test_outputs_that_differ_are_a_fault() -> None:
-    result = {"dtype": "torch.float32", "fp8": False, "backends": {"torch": {}, "triton": {"difference": 0.01}}}
+    result = {"dtype": "torch.float32", "fp8": "", "backends": {"torch": {}, "triton": {"difference": 0.01}}}
     assert stage_14b.faults(result) == ["triton differs from the first backend by 0.01"]
     result["backends"] = {"torch": {"error": "no memory"}, "triton": {"graph_difference": float("nan")}}
     assert len(stage_14b.faults(result)) == 2
@@ -310,7 +310,7 @@ def test_the_whole_suite_runs_dry_on_the_cpu(tmp_path: Path, capfd: pytest.Captu
     assert gpu_suite.main(["--out", str(tmp_path), "--preset", "tiny", "--minutes", "25"]) == 0
     table = capfd.readouterr().out.rpartition("headline")[2].strip().splitlines()
     assert [line.split()[:2] for line in table] == [
-        [name, "passed"] for name in ("kernels", "tests", "micro", "stage", "fp8")
+        [name, "passed"] for name in ("kernels", "tests", "micro", "stage", "fp8", "fp8-all")
     ]
     kept = read(tmp_path / "suite.json")
     results = {part["name"]: part["result"] for part in kept["parts"]}  # type: ignore[attr-defined]
