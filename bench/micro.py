@@ -315,6 +315,14 @@ def report(rows: list[Row], ceilings: Ceilings) -> str:
     return "\n".join(lines)
 
 
+def points(rows: list[Row]) -> list[tuple[str, str, float, float]]:
+    """What `timing.roofline` draws."""
+    return [
+        (row.kernel, name, row.flops / row.bytes, row.flops / took)
+        for row in rows for name, took in row.seconds.items() if name in ("plain", "kernel") and row.flops
+    ]  # fmt: skip
+
+
 def run(specs: list[KernelSpec], plan: Plan, path: Path | None) -> tuple[list[Row], Ceilings]:
     """Ceilings, checks, times; the file is written anew after every row."""
     ceilings = timing.ceilings(plan.device, min(0.2, plan.seconds))
@@ -380,9 +388,7 @@ def main(argv: list[str] | None = None) -> int:
     rows, ceilings = run(specs, plan, arguments.json)
     print(report(rows, ceilings))
     if arguments.plot:
-        points = [(row.kernel, name, row.flops / row.bytes, row.flops / took)
-                  for row in rows for name, took in row.seconds.items() if name in ("plain", "kernel") and row.flops]
-        print(timing.roofline(points, ceilings, arguments.plot))
+        print(timing.roofline(points(rows), ceilings, arguments.plot))
     print(headline(rows, ceilings))
     print(json.dumps({"ceilings": vars(ceilings), "rows": [asdict(row) for row in rows]}))
     return 1 if any(row.state == "red" or ("kernel" in row.notes and row.state == "ok") for row in rows) else 0

@@ -346,14 +346,17 @@ def roofline(points: Sequence[tuple[str, str, float, float]], limits: Ceilings, 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 6))
+    figure, axes = pyplot.subplots(figsize=(11, 6))
+    numbers = {label: at for at, label in enumerate(dict.fromkeys(label for label, *_ in points), start=1)}
     intensities = [2.0**power for power in range(-4, 15)]
     axes.loglog(intensities, [min(limits.copy * x, limits.matmul) / 1e12 for x in intensities], color="black")
     for label, kind, x, y in points:
         ours = kind == "kernel"
         axes.plot(x, y / 1e12, "o" if ours else "x", color="tab:blue" if ours else "tab:gray")
         if ours:
-            axes.annotate(label, (x, y / 1e12), fontsize=7, xytext=(4, -3), textcoords="offset points")
+            axes.annotate(str(numbers[label]), (x, y / 1e12), fontsize=7, xytext=(4, -3), textcoords="offset points")
+    names = "\n".join(f"{number:2d} {label}" for label, number in numbers.items())
+    axes.text(1.02, 1.0, names, transform=axes.transAxes, fontsize=7, family="monospace", va="top")
     axes.set(xlabel="FLOP for each byte that has to move", ylabel="TFLOP/s (o: kernel, x: plain PyTorch)")
     axes.set_title(limits.text, fontsize=9)
     axes.grid(True, which="both", alpha=0.2)

@@ -10,9 +10,7 @@ import torch
 
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.models.geometry import REFERENCE_POSITION, Geometry
-from liverelay.kernels.contract import transposed
-
-FP8 = torch.float8_e4m3fn
+from liverelay.kernels.contract import FP8, transposed
 
 
 class Arena:

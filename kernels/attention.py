@@ -26,9 +26,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from liverelay.kernels import torch_ops
-from liverelay.kernels.contract import Place, Scales, transposed
+from liverelay.kernels.contract import FP8, Place, Scales, transposed
 from liverelay.kernels.launch import arch, check, next_power_of_two, processors, refuse, run
-from liverelay.kernels.quant import FP8
 from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, poisoned, random
 
 LOG2_E = 1.4426950408889634
@@ -164,7 +163,7 @@ def attention_descriptor_kernel(
         out.store([first, column], (mixed * (v_scale / total)[:, None]).to(out.dtype))
 
 
-def _checked(
+def checked(
     name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scales: Scales | None
 ) -> tuple[int, int, int, int]:
     """tokens, heads, head size, rows of the arena; ValueError where the arguments do not fit."""
@@ -202,7 +201,7 @@ def attention_pointer(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, scales: Scales | None = None
 ) -> Tensor:
     """Attention over the arena through pointers: any head size up to 256, any GPU."""
-    tokens, heads, head_dim, rows = _checked("attention", q, k, v, out, scales)
+    tokens, heads, head_dim, rows = checked("attention", q, k, v, out, scales)
     head_tile = max(32 if scales else 16, next_power_of_two(head_dim))
     tile_m, tile_n, stages = _pointer_tiles(q, head_tile)
     tiles = triton.cdiv(tokens, tile_m) * heads
@@ -222,7 +221,7 @@ def attention_descriptor(
 ) -> Tensor:
     """Attention over the arena through tensor descriptors (TMA): 8 and 16 bits, head sizes 32, 64, 128; sm_90 on."""
     name = "attention through descriptors"
-    tokens, heads, head_dim, rows = _checked(name, q, k, v, out, scales)
+    tokens, heads, head_dim, rows = checked(name, q, k, v, out, scales)
     dense = [part.is_contiguous() for part in (q, k, out, *([v] if scales is None else []))]
     if not takes_descriptors(q) or not all(dense):
         refuse(name, f"needs contiguous tensors of 8 or 16 bits, head size 32, 64 or 128, not {q.dtype} {head_dim}")

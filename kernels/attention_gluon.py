@@ -38,7 +38,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from liverelay.kernels import attention
 from liverelay.kernels.contract import Place
-from liverelay.kernels.launch import arch, check, processors, refuse, run
+from liverelay.kernels.launch import arch, processors, refuse, run
 
 # Triton 3.9 has other names for both, and keeps the old ones to say so.
 copy_in = getattr(tma, "async_load", tma.async_copy_global_to_shared)
@@ -237,15 +237,13 @@ def attention_specialised_kernel(
 def attention_specialised(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
     """Attention over the arena by loading and computing warps (wgmma, TMA): 16 bits, head sizes 32, 64, 128; sm_90."""
     name = "specialised attention"
-    (tokens, heads, head_dim), rows = q.shape, k.shape[0]
-    shape = (rows, heads, head_dim)
-    check(name, {"q": (q, (tokens, heads, head_dim)), "k": (k, shape), "v": (v, shape), "out": (out, tuple(q.shape))})
+    tokens, heads, head_dim, rows = attention.checked(name, q, k, v, out, None)
     dtypes = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
     dense = all(part.is_contiguous() for part in (q, k, v, out))
-    if head_dim not in STAGES or not dense or {k.dtype, v.dtype, out.dtype} != {q.dtype} or q.dtype not in dtypes:
+    if head_dim not in STAGES or not dense or q.dtype not in dtypes:
         refuse(name, f"needs contiguous tensors of 16 bits, a head size of 32, 64 or 128, not {q.dtype} {head_dim}")
-    if arch(q) not in (0, 90) or not rows:
-        refuse(name, f"needs sm_90, not sm_{arch(q)}, and at least one row, not {rows}")
+    if arch(q) not in (0, 90):
+        refuse(name, f"needs sm_90, not sm_{arch(q)}")
 
     def describe(tensor: Tensor, tile: int) -> Any:
         layout = gl.NVMMASharedLayout.get_default_for([tile, head_dim], dtypes[q.dtype])

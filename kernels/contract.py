@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FP8 = torch.float8_e4m3fn
 Update = tuple[Tensor, Tensor | None]  # [T, D] to add to the residual stream, and its gate [D] float32 or None for 1
 
 
@@ -45,7 +46,7 @@ def transposed(shape: tuple[int, ...], device: torch.device | str) -> Tensor:
     Of v in FP8 attention: the tensor cores take an FP8 operand only with the sum's dimension contiguous.
     """
     *outer, rows, heads, head_dim = shape
-    stored = torch.zeros(*outer, heads, head_dim, -(-rows // 16) * 16, device=device, dtype=torch.float8_e4m3fn)
+    stored = torch.zeros(*outer, heads, head_dim, -(-rows // 16) * 16, device=device, dtype=FP8)
     return stored.movedim(-1, -3)[..., :rows, :, :]
 
 

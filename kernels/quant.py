@@ -15,10 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from liverelay.kernels import torch_ops
+from liverelay.kernels.contract import FP8
 from liverelay.kernels.launch import check, refuse, run, tiling
 from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, poisoned, random
-
-FP8 = torch.float8_e4m3fn
 
 
 @triton.jit

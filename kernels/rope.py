@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from liverelay.kernels import torch_ops
-from liverelay.kernels.contract import Place
+from liverelay.kernels.contract import FP8, Place
 from liverelay.kernels.launch import ELEMENTS, check, next_power_of_two, refuse, run
-from liverelay.kernels.quant import FP8, reference_rows, store_quantized
+from liverelay.kernels.quant import reference_rows, store_quantized
 from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, poisoned, random
 from liverelay.kernels.torch_ops import Table
 

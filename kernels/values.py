@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from liverelay.kernels import torch_ops
-from liverelay.kernels.contract import Place, transposed
+from liverelay.kernels.contract import FP8, Place, transposed
 from liverelay.kernels.launch import check, next_power_of_two, refuse, run
-from liverelay.kernels.quant import FP8, saturated
+from liverelay.kernels.quant import saturated
 from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, random
 
 TOKENS = 128  # of a program, with one head

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from bench.block_step_cpu import SMALL, measure
 from liverelay.engine.models.geometry import Geometry
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_plain_version_and_engine_agree(seed: int) -> None:
@@ -22,3 +26,16 @@ def test_the_page_of_kernels_is_that_of_the_registry() -> None:
     from bench.kernel_table import DOCUMENT, document
 
     assert DOCUMENT.read_text() == document(), "run python -m bench.kernel_table --write"
+
+
+def test_a_page_is_made_of_a_suite_of_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("matplotlib")
+    from bench.report import page
+
+    results = sorted((ROOT / "bench" / "results").glob("*.json"))
+    assert results
+    for path in results:
+        text = page(json.loads(path.read_text()), path.stem, tmp_path)
+        assert "attention_specialised" in text and "Block-step in bfloat16" in text
+        assert text == (ROOT / "docs" / f"{path.stem}.md").read_text()

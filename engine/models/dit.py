@@ -94,7 +94,8 @@ class DiT:
         found = candidates(self.device, dispatch.available("triton", self.device).works)
         if len(found) < 2:
             return
-        shape = (geometry.block_tokens, geometry.arena_tokens, self.config.num_heads, self.config.head_dim)
+        rows = self.config.text_len if self.fp8_attention else geometry.arena_tokens  # in FP8 there is one way so far
+        shape = (geometry.block_tokens, rows, self.config.num_heads, self.config.head_dim)
         trials = try_out(found, shape, self.weights.kinds)
         best = fastest(trials)
         for trial in trials:

@@ -15,9 +15,7 @@ from liverelay.engine.models.geometry import (
     motion_angles,
     split_pairs,
 )
-from liverelay.kernels.contract import Place
-
-FP8 = torch.float8_e4m3fn
+from liverelay.kernels.contract import FP8, Place
 
 
 class RopeTable:

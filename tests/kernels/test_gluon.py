@@ -93,9 +93,11 @@ def test_refusals(device: torch.device, seed: int) -> None:
     attention = attention_gluon.attention_specialised
     across = k.transpose(0, 1).contiguous().transpose(0, 1)
     for wrong in ([part.float() for part in (q, k, v, out)], [part[..., :48].contiguous() for part in (q, k, v, out)],
-                  [q, k, v.half(), out], [q, across, v, out]):  # fmt: skip
+                  [q, across, v, out]):  # fmt: skip
         with pytest.raises(ValueError, match="specialised attention: needs contiguous"):
             attention(*wrong, place)
+    with pytest.raises(ValueError, match="specialised attention: head size 64, 8 rows, dtypes"):
+        attention(q, k, v.half(), out, place)
     with pytest.raises(ValueError, match="specialised attention: v has shape"):
         attention(q, k, v[:4], out, place)
 
