@@ -265,7 +265,7 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
         help="FP8 (e4m3) in the transformer's large products (the default of --fp8), in self-attention with half the "
         "arena's memory, or in both",
     )
-    p.add_argument("--backend", metavar="NAME", help="kernel backend: torch or triton (see liverelay kernels)")
+    p.add_argument("--backend", metavar="NAME", help="kernel backend or attention, as liverelay kernels lists")
     p.add_argument("--threads", type=_positive(int, "threads"), metavar="N", help="CPU threads")
     p.add_argument(
         "--relative-distance", type=int, metavar="N",

@@ -32,6 +32,7 @@ from liverelay.engine.models.weights import is_quantized, open_pth
 from liverelay.engine.relay.rollout import Rollout
 from liverelay.engine.relay.stage import StageLine
 from liverelay.kernels import dispatch
+from liverelay.kernels.attention_backends import named
 
 if TYPE_CHECKING:
     from liverelay.engine.models.audio_live import LiveAudioConfig
@@ -75,7 +76,8 @@ class Engine:
         """Load a checkpoint in the published layout (see `liverelay.engine.checkpoint`).
 
         lora: a file, "none", or None to find it. device: "cpu", "cuda", "cuda:1"; None: a GPU where there is one.
-        dtype: torch.bfloat16 or torch.float32; None: bfloat16 on a GPU, float32 on a CPU. backend: kernel backend.
+        dtype: torch.bfloat16 or torch.float32; None: bfloat16 on a GPU, float32 on a CPU. backend: a kernel
+        backend for all operators, or an attention (`liverelay kernels` lists both); None: the fastest.
         fp8: what is in e4m3: "products" (or True), the transformer's large ones; "attention", self-attention with
         arenas of half the size; "all". On a CPU it is only for looking at its error.
         say(line) is told what is being loaded. CheckpointError names a file, key or shape that does not fit.
@@ -86,8 +88,10 @@ class Engine:
             more = f" (and {len(missing) - 1} more parts; see liverelay inspect)" if len(missing) > 1 else ""
             raise CheckpointError(f"{missing[0]} is missing{more}")
         device = check_device(default_device() if device is None else device)
-        try:
-            dispatch.choose(backend, torch.device(device))  # before anything long is read
+        try:  # before anything long is read
+            attention = named(backend, torch.device(device))
+            operators = None if attention else backend
+            dispatch.choose(operators, torch.device(device))
         except ValueError as error:
             raise InputError(str(error)) from None
         dtype = dtype or default_dtype(device)
@@ -97,15 +101,16 @@ class Engine:
         tell = say or (lambda line: None)
         source, config = files.open_dit(device)
         merged = f"with the LoRA {files.lora.name}" if files.lora else "without a LoRA"
-        products, attention = fp8_parts(fp8)
-        if products or attention or is_quantized(source):
+        products, fp8_attention = fp8_parts(fp8)
+        if products or fp8_attention or is_quantized(source):
             check_fp8(device, dtype)
         tell("loading the transformer " + ("as it was quantised" if is_quantized(source) else merged))
         dit = DiT.load(
-            source, config, device=device, dtype=dtype, backend=backend, fp8=products, fp8_attention=attention
+            source, config, device=device, dtype=dtype, backend=operators, fp8=products, fp8_attention=fp8_attention
         )
+        dit.attention = attention or dit.attention
         tell("loading the VAE")
-        vae = VAE.load(open_pth(files.vae), device=device, dtype=dtype, backend=backend)
+        vae = VAE.load(open_pth(files.vae), device=device, dtype=dtype, backend=operators)
         tell("loading the audio encoder")
         audio = AudioEncoder.load(files.audio, device=device, dtype=dtype)
         if (audio.num_states, audio.width) != (config.audio_states, config.audio_dim):

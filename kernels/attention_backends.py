@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from liverelay.kernels import torch_ops
+from liverelay.kernels import dispatch, torch_ops
 from liverelay.kernels.contract import Place
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Place | None], Tensor]
+NAMES = (
+    "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "flash-attn", "triton-pointer", "triton-descriptor",
+    "triton-specialised",
+)  # fmt: skip
 FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")  # third, fourth, second generation
 REPEATS = 5
 
@@ -92,6 +96,16 @@ def candidates(device: torch.device, triton_works: bool) -> dict[str, Attention]
         if specialised is not None and torch.cuda.get_device_capability(device) == (9, 0):
             found["triton-specialised"] = specialised
     return found
+
+
+def named(name: str | None, device: torch.device) -> Attention | None:
+    """The attention of this name; None where it is no attention's. ValueError where it cannot work on the device."""
+    if name not in NAMES:
+        return None
+    found = candidates(device, dispatch.available("triton", device).works)
+    if name not in found:
+        raise ValueError(f"attention '{name}' cannot be used on {device}; there is: {', '.join(found)}")
+    return found[name]
 
 
 def seconds_of(attention: Attention, case: tuple[Tensor, Tensor, Tensor, Tensor, Place | None]) -> float:

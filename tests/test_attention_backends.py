@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 import time
 import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import liverelay.kernels
+from liverelay.engine import Engine
 from liverelay.engine.cli import main
-from liverelay.kernels import torch_ops
+from liverelay.engine.errors import InputError
+from liverelay.kernels import attention_backends, torch_ops
 from liverelay.kernels.attention_backends import candidates, fastest, flash_attention, try_out
 from liverelay.kernels.contract import Place
 
@@ -106,3 +110,24 @@ def test_kernels_command_says_what_works_and_why_not(capsys: pytest.CaptureFixtu
     assert "default: torch" in printed and "no GPU" in printed and " ms" in printed
     assert main(["kernels", "--device", "tpu"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_named_attention_is_forced(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def counted(*args: object) -> Tensor:
+        calls.append(1)
+        return torch_ops.attention(*args)  # type: ignore[arg-type]
+
+    with pytest.raises(InputError, match="'sdpa-cudnn' cannot be used on cpu; there is: torch"):
+        Engine.load(checkpoint, backend="sdpa-cudnn", device="cpu")
+    found = {"torch": torch_ops.attention, "sdpa-cudnn": counted}
+    monkeypatch.setattr(attention_backends, "candidates", lambda device, triton_works: found)
+    engine = Engine.load(checkpoint, backend="sdpa-cudnn", device="cpu")
+    engine.line(8, 8)  # no trial takes another one
+    image = np.zeros((64, 64, 3), np.uint8)
+    with engine.open(image, audio=np.zeros(8000, np.float32), size=(64, 64)) as session:
+        next(iter(session.frames()))
+    assert engine.dit.attention is counted and calls
