@@ -185,3 +185,8 @@ def test_our_code_keeps_the_rule(rule: Rule) -> None:
 def test_kernels_is_no_regular_package() -> None:
     # With an __init__.py, running from the repository's root would hide the library of that name.
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_no_kernel_test_is_marked_slow() -> None:
+    # `make test-slow` starts no process with Triton's interpreter, so such a test would run nowhere.
+    assert not [path.name for path in (ROOT / "tests" / "kernels").glob("*.py") if "mark.slow" in path.read_text()]
