@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.fake_gpu import LIMITS, Job, Result, Row, compile_job
+from liverelay.kernels.spec import arch_name
 
 TABLE = Path(__file__).with_name("aot_table.json")
 RENEW = "run `python -m bench.aot --write` and commit bench/aot_table.json"
@@ -77,8 +78,8 @@ def jobs_of(spec: Any, selection: Selection) -> Iterator[Job]:
     cases += [(dims, name, False) for dims in list(spec.small)[:1] for name in named.values()]
     for arch in selection.archs:
         for dims, dtype, production in cases:
-            due = arch >= (max(FP8_ARCH, spec.min_arch) if dtype.startswith("float8") else spec.min_arch)
-            if due and arch <= (spec.max_arch or arch) and selection.has(spec.name, arch):
+            due = spec.on(arch) and (arch >= FP8_ARCH or not dtype.startswith("float8"))
+            if due and selection.has(spec.name, arch):
                 yield Job(spec.name, dims, dtype, arch, spec.hot, spec.dot, production)
 
 
@@ -128,6 +129,8 @@ def faults(result: Result) -> Iterator[str]:
                 f"{row.name}: needs {kib(row.shared)} of shared memory, a block has at most {allowed} KiB;"
                 " take fewer stages or smaller tiles there"
             )
+    if job.dot and job.arch < 0 and not any(row.mma for row in result.rows):
+        yield f"{job.name}: no mfma; the product needs tiles of 16 and more each way"
     if wants_wgmma(job) and not any(row.wgmma for row in result.rows):
         yield f"{job.name}: no wgmma; the product needs tiles of 64 rows and more and a multiple of 4 warps"
 
@@ -180,9 +183,9 @@ def job_name(row: Row) -> str:
 def summary(results: Sequence[Result], selection: Selection) -> str:
     """The last line of a run without faults: the worst figures."""
     rows = [row for result in results for row in result.rows]
-    archs = ",".join(str(arch) for arch in selection.archs)
+    archs = ",".join(map(short, selection.archs))
     spills = max(row.spill_stores + row.spill_loads for row in rows)
-    text = f"aot: {len(rows)} compiled for sm_{archs}: {f'at most {spills} bytes of' if spills else '0'} spills"
+    text = f"aot: {len(rows)} compiled for {archs}: {f'at most {spills} bytes of' if spills else '0'} spills"
     text += f", at most {max(row.registers for row in rows)} registers"
     text += f", {kib(max(row.shared for row in rows))} shared memory"
     dots = [result for result in results if wants_wgmma(result.job)]
@@ -192,6 +195,11 @@ def summary(results: Sequence[Result], selection: Selection) -> str:
 
 
 # -- what is printed --------------------------------------------------------------------------------------------------
+
+
+def short(arch: int) -> str:
+    """As --arch takes it: `90`, `gfx942`."""
+    return arch_name(arch).removeprefix("sm_")
 
 
 def kib(size: int) -> str:
@@ -214,7 +222,7 @@ HEAD = (
 def lines(result: Result) -> Iterator[str]:
     """The lines of the table printed while it goes."""
     job = result.job
-    start = f"{job.kernel:<29} {job.dims:<21} {job.dtype:<9} sm_{job.arch:<3}"
+    start = f"{job.kernel:<29} {job.dims:<21} {job.dtype:<9} {arch_name(job.arch):<6}"
     if result.error:
         yield f"{start} FAILED {result.error[:150]}"
     for row in result.rows:
@@ -235,7 +243,7 @@ def markdown(results: Sequence[Result], version: str) -> Iterator[str]:
     for row, kernels in sorted(pairs, key=lambda pair: pair[0].key):
         name = row.kernel if kernels == 1 else f"{row.kernel}: {row.function}"
         yield (
-            f"| {name} | {row.dims} | {row.dtype} | sm_{row.arch} | {row.registers} |"
+            f"| {name} | {row.dims} | {row.dtype} | {arch_name(row.arch)} | {row.registers} |"
             f" {row.spill_stores} / {row.spill_loads} | {kib(row.shared)} | {row.warps} |"
             f" {row.ctas} ({row.occupancy} %, {row.limit}) | {instructions(row)} |"
         )
@@ -258,17 +266,17 @@ def write(results: Sequence[Result], version: str, selection: Selection) -> str 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arch", default=",".join(map(str, LIMITS)), metavar="80,90", help="architectures")
+    parser.add_argument("--arch", default=",".join(map(short, LIMITS)), metavar="80,gfx942", help="architectures")
     parser.add_argument("--kernel", default="", metavar="TEXT", help="only kernels whose name has this text")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that compile (2)")
     parser.add_argument("--check", action="store_true", help="fail on spills, missing wgmma and regressions")
     parser.add_argument("--write", action="store_true", help="write bench/aot_table.json")
     parser.add_argument("--markdown", action="store_true", help="print the documentation's table, the rest to stderr")
     parsed = parser.parse_args(argv)
-    known = {str(arch): arch for arch in LIMITS}
+    known = {short(arch): arch for arch in LIMITS}
     if not set(parsed.arch.split(",")) <= known.keys():
         parser.error(f"--arch takes {', '.join(known)} with commas between them, not {parsed.arch}")
-    parsed.arch = tuple(sorted({known[arch] for arch in parsed.arch.split(",")}))
+    parsed.arch = tuple(sorted({known[arch] for arch in parsed.arch.split(",")}, key=abs))
     if parsed.jobs < 1:
         parser.error("--jobs takes 1 or more")
     return parsed

@@ -25,17 +25,24 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from liverelay.kernels.spec import GFX942, arch_name
+
+AMD_NAMES = ("vgpr_count", "private_segment_fixed_size")  # accumulation registers are among the vector registers
 LARGE = 1 << 16  # elements from which an input is left unfilled
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one streaming multiprocessor holds; shared memory in KiB, of an SM and at most of one block."""
+    """What one streaming multiprocessor holds; shared memory in KiB, of an SM and at most of one block; 32-bit
+    registers; threads of a warp and the registers that it gets at a time."""
 
     threads: int
     blocks: int
     shared: int
     shared_block: int
+    registers: int = 65536
+    warp: int = 32
+    unit: int = 256
 
 
 LIMITS = {
@@ -43,6 +50,7 @@ LIMITS = {
     89: Limits(1536, 24, 100, 99),
     90: Limits(2048, 32, 228, 227),
     100: Limits(2048, 32, 228, 227),
+    GFX942: Limits(2048, 32, 64, 64, 131072, 64, 512),
 }
 
 
@@ -60,12 +68,15 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} [{self.dims}] {self.dtype} sm_{self.arch}"
+        return f"{self.kernel} [{self.dims}] {self.dtype} {arch_name(self.arch)}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled kernel. Spills in bytes for each thread, shared memory in bytes, occupancy in percent."""
+    """One compiled kernel. Spills in bytes for each thread, shared memory in bytes, occupancy in percent.
+
+    On AMD registers are vector registers, `mma` counts mfma, and all scratch memory is held to be stores of spills.
+    """
 
     kernel: str
     dims: str
@@ -94,7 +105,7 @@ class Row:
     @property
     def name(self) -> str:
         """As Job.name, and the function, because a launch may start several kernels."""
-        return f"{self.kernel} [{self.dims}] {self.dtype} sm_{self.arch} ({self.function})"
+        return f"{self.kernel} [{self.dims}] {self.dtype} {arch_name(self.arch)} ({self.function})"
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class Result:
 
 
 class Driver:
-    """Stands in for the driver of an NVIDIA GPU: names the target, and can launch nothing."""
+    """Stands in for the driver of a GPU: names the target, and can launch nothing."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -116,7 +127,7 @@ class Driver:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", self.arch, 32)
+        return GPUTarget("cuda", self.arch, 32) if self.arch > 0 else GPUTarget("hip", arch_name(self.arch), 64)
 
     def get_current_device(self) -> int:
         return self.arch  # Triton keeps a compiler for each device number, so each target needs its own
@@ -181,18 +192,19 @@ def silent() -> Iterator[None]:
 def occupancy(arch: int, registers: int, shared: int, warps: int, tensor_memory: int = 0) -> tuple[int, str, int]:
     """Blocks that fit on one SM at a time, what limits them, and the percentage of the SM's threads they fill."""
     limits = LIMITS[arch]
-    warp_registers = -(-max(registers, 1) * 32 // 256) * 256  # given to a warp in units of 256
+    reserved = 1024 if arch > 0 else 0  # bytes of shared memory of every block
+    warp_registers = -(-max(registers, 1) * limits.warp // limits.unit) * limits.unit
     fits = {
-        "threads": limits.threads // (32 * warps),
+        "threads": limits.threads // (limits.warp * warps),
         "blocks": limits.blocks,
-        "registers": 65536 // warp_registers // 4 * 4 // warps,  # each of the 4 parts of an SM has its own file
-        "shared": limits.shared * 1024 // (shared + 1024) if shared <= limits.shared_block * 1024 else 0,
+        "registers": limits.registers // warp_registers // 4 * 4 // warps,  # 4 parts of an SM, each with its own file
+        "shared": limits.shared * 1024 // max(shared + reserved, 1) if shared <= limits.shared_block * 1024 else 0,
     }
     if tensor_memory:
         fits["tmem"] = 512 // tensor_memory
     blocks = min(fits.values())
     limiting = [name for name, count in fits.items() if count == blocks]
-    return blocks, "+".join(limiting), round(100 * blocks * warps * 32 / limits.threads)
+    return blocks, "+".join(limiting), round(100 * blocks * warps * limits.warp / limits.threads)
 
 
 def read_log(log: str) -> dict[str, Any]:
@@ -233,8 +245,22 @@ def assemble(ptx: str, arch: int, options: Any) -> str:
     return log
 
 
+def measure_amd(job: Job, function: str, compiled: Any) -> Row:
+    """The figures of one kernel compiled for AMD, whose assembly names them."""
+    text, metadata = compiled.asm["amdgcn"], compiled.metadata
+    found = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in AMD_NAMES}  # type: ignore[index]
+    registers, scratch = found["vgpr_count"], found["private_segment_fixed_size"]
+    blocks, limit, percent = occupancy(job.arch, registers, metadata.shared, metadata.num_warps)
+    return Row(
+        job.kernel, job.dims, job.dtype, job.arch, function, registers, scratch, 0, metadata.shared, metadata.num_warps,
+        blocks, limit, percent, mma=len(re.findall(r"\bv_mfma", text)),
+    )  # fmt: skip
+
+
 def measure(job: Job, function: str, compiled: Any) -> Row:
     """The figures of one compiled kernel."""
+    if job.arch < 0:
+        return measure_amd(job, function, compiled)
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
     read = read_log(assemble(ptx, job.arch, metadata))
     tensor_memory = getattr(metadata, "tmem_size", 0) or 0

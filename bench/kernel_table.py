@@ -101,13 +101,16 @@ def document() -> str:
         "# Kernels", "",
         "Made by `python -m bench.kernel_table --write` from `kernels/registry.py`. Times are predictions at 3.0 TB/s",
         "and 800 TFLOP/s (an H100's usual rates), not measurements; registers and shared memory are those of the",
-        "compiler for sm_90 (`python -m bench.aot`), with no spills anywhere.", "",
+        "compiler for sm_90 (`python -m bench.aot`), with no spills anywhere. The same gate compiles them for sm_80,",
+        "sm_89, sm_100 and, but for FP8, descriptors and Gluon, for AMD's gfx942, where none has run yet.", "",
         "| kernel | what | dims | MB | GFLOP | predicted us | registers / shared memory, sm_90 |",
         "| --- | --- | --- | --- | --- | --- | --- |", *(row(spec, compiled) for spec in KERNELS), "",
         "## What fusion saves", "",
         f"One transformer layer reads and writes activations of the model's width {f['plain_reads']} and "
         f"{f['plain_writes']} times in the plain module version", "(counted, without matrix products and attention, "
         f"RoPE in complex128 counted once), {f['fused_reads']} and {f['fused_writes']} times with the fused kernels.",
+        f"Those are {len(FUSED)} sweeps, each of several tensors of that width: the residual, the products' outputs, q "
+        "and k. Fewer reads", "would need epilogues in the matrix products, which are the library's.",
         f"All of a block-step's element-wise kernels together (14B, 704x384, 40 layers, without audio) move "
         f"{f['fused_bytes'] / 1e9:.1f} GB:", f"{f['fused_ms']:.1f} ms at 3.0 TB/s, against a budget of 10 ms.", "",
     ]  # fmt: skip

@@ -32,7 +32,7 @@ from bench.timing import Ceilings, one_line  # noqa: E402
 from liverelay.kernels import attention_backends, torch_ops  # noqa: E402
 from liverelay.kernels.launch import INTERPRETED  # noqa: E402
 from liverelay.kernels.registry import KERNELS  # noqa: E402
-from liverelay.kernels.spec import Case, Dims, KernelSpec  # noqa: E402
+from liverelay.kernels.spec import GFX942, Case, Dims, KernelSpec, arch_name  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECK_SECONDS = 120  # of one kernel's check, compilation included
@@ -139,7 +139,7 @@ def check(spec: KernelSpec, dims: str, device: torch.device) -> str:
             spec.plain(*case.args, **case.kwargs)
             for output, tensor in outputs(case).items():
                 ours, plain = got[output].double(), tensor.double()
-                difference = float((ours - plain).norm() / plain.norm())
+                difference = float((ours - plain).norm() / plain.norm().clamp_min(1e-12))  # one GELU may be 0
                 if not difference <= (0.1 if tensor.dtype.itemsize == 1 else 0.02):  # a NaN is not either
                     return f"{name}: {output} differs from plain PyTorch by {difference:.2g} (seed {seed})"
         timing.wait(device)
@@ -248,7 +248,7 @@ def first_rows(specs: list[KernelSpec], plan: Plan, faults: dict[str, str]) -> l
     arch = 0
     if plan.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(plan.device)
-        arch = 10 * major + minor
+        arch = GFX942 if torch.version.hip else 10 * major + minor
     rows = []
     for spec in specs:
         dtype = working_dtype(spec)
@@ -259,7 +259,7 @@ def first_rows(specs: list[KernelSpec], plan: Plan, faults: dict[str, str]) -> l
                 row.state, row.note = "plain only", "no GPU"
             elif not spec.on(arch):
                 needed = f"sm_{spec.min_arch}" + (f" to sm_{spec.max_arch}" if spec.max_arch else "")
-                row.state, row.note = "skipped", f"needs {needed}, this is sm_{arch}"
+                row.state, row.note = "skipped", f"needs {needed}, this is {arch_name(arch)}"
             elif fault := faults.get(spec.name, "not checked"):
                 row.state, row.note = "red", fault
             rows.append((spec, row, dims))

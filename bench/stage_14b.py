@@ -197,7 +197,7 @@ def captured(bench: Bench, dit: DiT, seconds: float) -> tuple[Timing, float]:
 
 
 def relative(got: Tensor, exact: Tensor) -> float:
-    return float((got.float() - exact.float()).norm() / exact.float().norm())
+    return float((got.float() - exact.float()).norm() / exact.float().norm().clamp_min(1e-12))
 
 
 def measure_backend(bench: Bench, dit: DiT, seconds: float) -> dict[str, Any]:

@@ -55,6 +55,8 @@ def check_fp8(device: str, dtype: torch.dtype) -> None:
     kind = torch.device(device)
     if kind.type != "cuda":
         return
+    if torch.version.hip:
+        raise InputError("FP8 needs a GPU by NVIDIA: AMD's gfx942 has another 8-bit format; leave --fp8 out")
     major, minor = torch.cuda.get_device_capability(kind)
     if (major, minor) < (8, 9):
         raise InputError(f"FP8 needs a GPU of sm_89 or later, {device} is sm_{major}{minor}; leave --fp8 out")

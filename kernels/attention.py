@@ -193,6 +193,8 @@ def _pointer_tiles(q: Tensor, head_tile: int) -> tuple[int, int, int]:
         tile_n = 32  # masks of an odd head size cost registers
     if fp8:
         tile_n = 32 if arch(q) >= 100 else 64
+    if arch(q) < 0:  # 64 KiB of shared memory, and Triton 3.6 cannot pipeline these loads for AMD
+        stages = 1
     # The interpreter's time goes by tiles, whatever their size.
     return (tile_m, tile_n, stages) if arch(q) else (128, 128, 1)
 

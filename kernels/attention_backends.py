@@ -91,7 +91,10 @@ def candidates(device: torch.device, triton_works: bool) -> dict[str, Attention]
         found["flash-attn"] = flash
     if triton_works:
         kernels = importlib.import_module("liverelay.kernels.attention")
-        found |= {"triton-pointer": kernels.attention_pointer, "triton-descriptor": kernels.attention_descriptor}
+        found["triton-pointer"] = kernels.attention_pointer
+        if torch.version.hip:  # AMD's capability is another count, and the rest is made for NVIDIA
+            return found
+        found["triton-descriptor"] = kernels.attention_descriptor
         specialised = specialised_attention()
         if specialised is not None and torch.cuda.get_device_capability(device) == (9, 0):
             found["triton-specialised"] = specialised

@@ -39,6 +39,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from liverelay.kernels import attention
 from liverelay.kernels.contract import Place
 from liverelay.kernels.launch import arch, processors, refuse, run
+from liverelay.kernels.spec import arch_name
 
 # Triton 3.9 has other names for both, and keeps the old ones to say so.
 copy_in = getattr(tma, "async_load", tma.async_copy_global_to_shared)
@@ -243,7 +244,7 @@ def attention_specialised(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: P
     if head_dim not in STAGES or not dense or q.dtype not in dtypes:
         refuse(name, f"needs contiguous tensors of 16 bits, a head size of 32, 64 or 128, not {q.dtype} {head_dim}")
     if arch(q) not in (0, 90):
-        refuse(name, f"needs sm_90, not sm_{arch(q)}")
+        refuse(name, f"needs sm_90, not {arch_name(arch(q))}")
 
     def describe(tensor: Tensor, tile: int) -> Any:
         layout = gl.NVMMASharedLayout.get_default_for([tile, head_dim], dtypes[q.dtype])

@@ -37,6 +37,9 @@ def available(name: str, device: torch.device) -> Availability:
         return Availability(name, True, "plain PyTorch, any device")
     if importlib.util.find_spec("triton") is None:
         return Availability(name, False, "Triton is not installed; install it with: pip install 'liverelay[triton]'")
+    if device.type == "cuda" and torch.version.hip:
+        gfx = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return Availability(name, gfx == "gfx942", f"{gfx}; of AMD's GPUs the kernels are compiled for gfx942 alone")
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         works = major >= 8

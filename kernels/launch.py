@@ -16,6 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
+from liverelay.kernels.spec import GFX942
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 if INTERPRETED:
     from liverelay.kernels import interpreter  # noqa: F401  (mends Triton's interpreter when imported)
@@ -34,7 +36,7 @@ _compile_only: list[Compiled] = []
 
 @contextlib.contextmanager
 def compile_only(arch: int) -> Iterator[Compiled]:
-    """Within this, `run` compiles for the architecture (80, 90, ...) and launches nothing. Needs an active driver."""
+    """Within this, `run` compiles for the architecture (80, GFX942, ...), launching nothing. Needs an active driver."""
     collected = Compiled(arch)
     _compile_only.append(collected)
     try:
@@ -46,11 +48,12 @@ def compile_only(arch: int) -> Iterator[Compiled]:
 @lru_cache(maxsize=8)
 def _properties(index: int) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(index)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
+    arch = GFX942 if torch.version.hip else 10 * properties.major + properties.minor  # dispatch lets no other AMD in
+    return arch, properties.multi_processor_count
 
 
 def arch(tensor: Tensor) -> int:
-    """Architecture that a kernel on this tensor runs on: 90 for an H100, 0 in the interpreter."""
+    """Architecture that a kernel on this tensor runs on: 90 for an H100, negative for AMD, 0 in the interpreter."""
     if _compile_only:
         return _compile_only[-1].arch
     return 0 if INTERPRETED else _properties(tensor.get_device())[0]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Dims = Mapping[str, int]
+GFX942 = -942  # AMD's MI300; architectures of AMD are negative, so that no bound on NVIDIA's lets them in
 MakeCase = Callable[[Dims, torch.dtype, torch.Generator, torch.device], "Case"]
 CostOf = Callable[[Dims, torch.dtype], "Cost"]
 
@@ -42,8 +43,8 @@ class KernelSpec:
     the inputs as they are (outputs among the arguments are ignored); plain: unfused PyTorch with the same arguments,
     the second opinion of tests and the baseline of benchmarks; make(dims, dtype, generator, device): a Case.
     small and production: named dims; dtypes: working dtypes; min_arch, max_arch: the lowest and the highest CUDA
-    architecture that has it (0: there is no highest); hot: runs in the stage loop, where a spill fails the
-    gate; dot: has a matrix product, so wgmma is due on sm_90.
+    architecture that has it (0: there is no highest; AMD has what neither bounds); hot: runs in the stage loop, where
+    a spill fails the gate; dot: has a matrix product, so wgmma is due on sm_90.
     """
 
     name: str
@@ -62,12 +63,19 @@ class KernelSpec:
 
     def on(self, arch: int) -> bool:
         """Whether an architecture has it; 0 stands for Triton's interpreter, which has all."""
+        if arch < 0:
+            return self.min_arch <= 80 and not self.max_arch
         return not arch or self.min_arch <= arch <= (self.max_arch or arch)
 
     @property
     def summary(self) -> str:
         """First line of the launcher's docstring."""
         return (self.launch.__doc__ or "").strip().splitlines()[0]
+
+
+def arch_name(arch: int) -> str:
+    """`sm_90` for 90, `gfx942` for GFX942."""
+    return f"sm_{arch}" if arch >= 0 else f"gfx{-arch}"
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator, device: torch.device | str) -> Tensor:

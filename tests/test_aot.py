@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ import torch
 from bench import aot
 from bench.aot import Selection, Table, faults, jobs_of, regressions, summary, violations
 from bench.fake_gpu import Job, Result, Row, occupancy, read_log
+from liverelay.kernels.spec import GFX942, KernelSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = Job("attention", "14B", "bfloat16", 90, hot=True, dot=True)
@@ -87,12 +87,13 @@ def test_clean_figures_pass() -> None:
         (Result(replace(JOB, dtype="float8_e4m3fn"), (replace(ROW, dtype="float8_e4m3fn", wgmma=0),)), "no wgmma"),
         (Result(JOB, (replace(ROW, shared=227 * 1024 + 1),)), "228 KiB of shared memory, a block has at most 227"),
         (Result(JOB, (replace(ROW, arch=89, shared=100 * 1024),)), "at most 99 KiB"),
+        (Result(replace(JOB, arch=GFX942), (replace(ROW, arch=GFX942, shared=0, wgmma=0),)), "no mfma"),
     ],
 )
 def test_a_fault_is_seen_and_named(result: Result, text: str) -> None:
     found = list(faults(result))
     assert len(found) == 1 and text in found[0]
-    assert found[0].startswith("attention [14B] ") and " sm_" in found[0]
+    assert found[0].startswith("attention [14B] ") and (" sm_" in found[0] or " gfx942" in found[0])
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_a_table_of_another_version_is_not_compared() -> None:
 def test_summary_has_the_worst_figures() -> None:
     line = summary([RESULT, at(80, registers=200)], Selection((80, 90)))
     assert line == (
-        "aot: 2 compiled for sm_80,90: 0 spills, at most 200 registers, 129 KiB shared memory,"
+        "aot: 2 compiled for 80,90: 0 spills, at most 200 registers, 129 KiB shared memory,"
         " all dots are wgmma on sm_90"
     )
     cold = Result(replace(JOB, hot=False, dot=False), (replace(ROW, spill_stores=8, spill_loads=4),))
@@ -177,6 +178,9 @@ def test_the_log_of_ptxas_is_read() -> None:
         ((89, 16, 0, 4), (12, "threads", 100)),
         ((89, 64, 100 * 1024, 4), (0, "shared", 0)),
         ((100, 100, 1024, 4, 256), (2, "tmem", 12)),
+        ((GFX942, 128, 0, 4), (4, "registers", 50)),
+        ((GFX942, 16, 64 * 1024, 8), (1, "shared", 25)),
+        ((GFX942, 16, 64 * 1024 + 1, 8), (0, "shared", 0)),
     ],
 )
 def test_occupancy(figures: tuple[int, int, int, int], expected: tuple[int, str, int]) -> None:
@@ -186,16 +190,16 @@ def test_occupancy(figures: tuple[int, int, int, int], expected: tuple[int, str,
 # -- jobs and table ---------------------------------------------------------------------------------------------------
 
 
-def kernel(**changes: object) -> SimpleNamespace:
-    fields = dict(name="k", production={"big": {}}, small={"odd": {}, "one": {}}, min_arch=80, max_arch=0)
-    fields |= {"dtypes": (torch.float32, torch.bfloat16), "hot": True, "dot": False}
-    return SimpleNamespace(**(fields | changes))
+def kernel(**changes: Any) -> KernelSpec:
+    unused = dict.fromkeys(("launch", "reference", "plain", "make", "cost"))
+    fields = unused | {"name": "k", "production": {"big": {}}, "small": {"odd": {}, "one": {}}}
+    return KernelSpec(**(fields | changes))
 
 
 def test_jobs_of_a_kernel() -> None:
     jobs = {(job.dims, job.dtype) for job in jobs_of(kernel(), ALL)}
     assert jobs == {("big", "bfloat16"), ("odd", "float32"), ("odd", "bfloat16")}
-    assert {job.arch for job in jobs_of(kernel(), ALL)} == {80, 89, 90, 100}
+    assert {job.arch for job in jobs_of(kernel(), ALL)} == {80, 89, 90, 100, GFX942}
     assert {job.arch for job in jobs_of(kernel(min_arch=90), ALL)} == {90, 100}
     assert {job.arch for job in jobs_of(kernel(min_arch=90, max_arch=90), ALL)} == {90}
     assert {job.arch for job in jobs_of(kernel(dtypes=(torch.float8_e4m3fn,)), ALL)} == {89, 90, 100}
@@ -251,8 +255,9 @@ def test_a_crash_of_the_compiler_costs_one_job() -> None:
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_small_kernel_compiles_for_sm_90() -> None:
-    run = command("--kernel", "rms_norm", "--arch", "90", "--jobs", "1")
+@pytest.mark.parametrize("archs", ["90", "gfx942,80"])
+def test_a_small_kernel_compiles(archs: str) -> None:
+    run = command("--kernel", "rms_norm", "--arch", archs, "--jobs", "1")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "rms_norm" in run.stdout and run.stdout.splitlines()[-1].startswith("aot: ")
 

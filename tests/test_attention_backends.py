@@ -15,8 +15,9 @@ from torch import Tensor
 import liverelay.kernels
 from liverelay.engine import Engine
 from liverelay.engine.cli import main
+from liverelay.engine.devices import check_fp8
 from liverelay.engine.errors import InputError
-from liverelay.kernels import attention_backends, torch_ops
+from liverelay.kernels import attention_backends, dispatch, torch_ops
 from liverelay.kernels.attention_backends import candidates, fastest, flash_attention, try_out
 from liverelay.kernels.contract import Place
 
@@ -68,6 +69,20 @@ def test_the_specialised_kernel_is_a_candidate_on_sm_90_alone(
     found = candidates(torch.device("cuda"), triton_works=True)
     assert "triton-pointer" in found and ("triton-specialised" in found) == (capability == (9, 0))
     assert "triton-specialised" not in candidates(torch.device("cuda"), triton_works=False)
+
+
+def test_on_amd_only_the_kernel_that_compiles_there_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    cuda = torch.device("cuda")
+    assert [name for name in candidates(cuda, triton_works=True) if "triton" in name] == ["triton-pointer"]
+    for name, works in [("gfx942:sramecc+:xnack-", True), ("gfx1100", False)]:
+        properties = types.SimpleNamespace(gcnArchName=name)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        found = dispatch.available("triton", cuda)
+        assert found.works == works and found.reason.startswith(name.split(":")[0])
+    with pytest.raises(InputError, match="leave --fp8 out"):
+        check_fp8("cuda", torch.bfloat16)
 
 
 def test_without_gluon_the_rest_stays(monkeypatch: pytest.MonkeyPatch) -> None:
