@@ -89,8 +89,7 @@ class Engine:
             raise CheckpointError(f"{missing[0]} is missing{more}")
         device = check_device(default_device() if device is None else device)
         try:  # before anything long is read
-            attention = named(backend, torch.device(device))
-            operators = None if attention else backend
+            operators = None if named(backend, torch.device(device)) else backend
             dispatch.choose(operators, torch.device(device))
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -108,7 +107,8 @@ class Engine:
         dit = DiT.load(
             source, config, device=device, dtype=dtype, backend=operators, fp8=products, fp8_attention=fp8_attention
         )
-        dit.attention = attention or dit.attention
+        if backend != operators:
+            dit.force_attention(backend)
         tell("loading the VAE")
         vae = VAE.load(open_pth(files.vae), device=device, dtype=dtype, backend=operators)
         tell("loading the audio encoder")

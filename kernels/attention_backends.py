@@ -6,6 +6,7 @@ shapes, drops what fails or differs from float32 PyTorch by more than its dtype 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Mapping
@@ -17,15 +18,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from liverelay.kernels import dispatch, torch_ops
-from liverelay.kernels.contract import Place
+from liverelay.kernels.contract import FP8, Place, Scales, transposed
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Place | None], Tensor]
+Attention = Callable[..., Tensor]  # (q, k, v, out, place), and in FP8 scales
 NAMES = (
     "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "flash-attn", "triton-pointer", "triton-descriptor",
     "triton-specialised",
 )  # fmt: skip
 FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")  # third, fourth, second generation
 REPEATS = 5
+ALLOWED_FP8 = 0.06  # e4m3 shares have an error of some 2.6 %, and random values do not average it away
 
 
 @dataclass(frozen=True)
@@ -111,49 +113,83 @@ def named(name: str | None, device: torch.device) -> Attention | None:
     return found[name]
 
 
-def seconds_of(attention: Attention, case: tuple[Tensor, Tensor, Tensor, Tensor, Place | None]) -> float:
+def fp8_candidates(device: torch.device, triton_works: bool) -> dict[str, Attention]:
+    """The same for attention in FP8, which takes scales: no library's attention knows ours."""
+    if device.type != "cuda" or not triton_works:
+        return {"torch": torch_ops.attention}
+    kernels = importlib.import_module("liverelay.kernels.attention")
+    found: dict[str, Attention] = {"triton-pointer": kernels.attention_pointer}
+    if torch.cuda.get_device_capability(device) >= (9, 0):
+        found["triton-descriptor"] = kernels.attention_descriptor
+    return found
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
     """Best of a few calls, measured on the device."""
     import time
 
-    cuda, best = case[0].is_cuda, math.inf
+    best = math.inf
     for _ in range(REPEATS):
-        if cuda:
-            torch.cuda.synchronize(case[0].device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         started = time.perf_counter()
-        attention(*case)
-        if cuda:
-            torch.cuda.synchronize(case[0].device)
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - started)
     return best
 
 
-def try_out(found: Mapping[str, Attention], shape: tuple[int, int, int, int], like: Tensor) -> list[Trial]:
-    """Run every candidate on random tensors; shape: tokens, rows, heads, head size; like: gives device and dtype.
-
-    A library that is missing or does not take the shape raises its own error, which becomes the trial's fault.
-    """
+def random_operands(
+    shape: tuple[int, int, int, int], like: Tensor, fp8: bool
+) -> tuple[list[Tensor], list[Tensor], list[Scales]]:
+    """q, k, v as the kernels take them, the values in float32 that they stand for, and in FP8 their scales."""
     tokens, rows, heads, head_dim = shape
     rng = torch.Generator(device=like.device).manual_seed(0)
 
     def noise(count: int) -> Tensor:
-        return torch.randn(count, heads, head_dim, generator=rng, device=like.device).to(like.dtype)
+        values = torch.randn(count, heads, head_dim, generator=rng, device=like.device)
+        return values.to(FP8 if fp8 else like.dtype)
 
-    q, k, v = noise(tokens), noise(rows), noise(rows)
+    given = [noise(tokens), noise(rows), noise(rows)]
+    values = [tensor.float() for tensor in given]
+    if not fp8:
+        return given, values, []
+    q_scale, k_scale = (0.5 + torch.rand(heads, n, generator=rng, device=like.device) for n in (tokens, rows))
+    given[2] = transposed(shape[1:], like.device).copy_(given[2])
+    values[0].mul_(q_scale.t().unsqueeze(2))
+    values[1].mul_(k_scale.t().unsqueeze(2))
+    values[2].mul_(0.5)
+    return given, values, [Scales(q_scale, k_scale, 0.5)]
+
+
+def try_out(
+    found: Mapping[str, Attention], shape: tuple[int, int, int, int], like: Tensor, *, fp8: bool = False
+) -> list[Trial]:
+    """Run every candidate on random tensors; shape: tokens, rows, heads, head size; like: gives device and dtype.
+
+    A library that is missing or does not take the shape raises its own error, which becomes the trial's fault.
+    """
+    tokens, rows = shape[:2]
+    (q, k, v), values, scales = random_operands(shape, like, fp8)
     valid = max(1, rows - 1)
     k[valid:], v[valid:] = float("nan"), float("nan")  # what lies behind the valid rows must not matter
-    place, out = Place.make(like.device).fill(0, valid, False), torch.empty_like(q)
+    place, out = Place.make(like.device).fill(0, valid, False), torch.empty_like(q, dtype=like.dtype)
     # Some queries of the first, a middle and the last tile are enough to see whether it is right.
     part = sorted({i for first in (0, tokens // 2, tokens - 32) for i in range(max(0, first), min(tokens, first + 32))})
-    sample, kept = q[part].float(), (k[:valid].float(), v[:valid].float())
+    sample, kept = values[0][part], (values[1][:valid], values[2][:valid])
     exact = torch_ops.attention(sample, *kept, torch.empty_like(sample))
     allowed, trials = 2 * torch.finfo(like.dtype).eps if like.dtype != torch.float32 else 1e-4, []
+    if fp8:
+        allowed = ALLOWED_FP8
     for name, attention in found.items():
         try:
             out.fill_(float("nan"))
-            attention(q, k, v, out, place)
+            attention(q, k, v, out, place, *scales)
             error = float((out[part].float() - exact).norm() / exact.norm())
             fault = "" if error <= allowed else f"its error is {error:.1e}, at most {allowed:.1e} is allowed"
-            trials.append(Trial(name, seconds_of(attention, (q, k, v, out, place)), error, fault))
+            seconds = seconds_of(functools.partial(attention, q, k, v, out, place, *scales), like.device)
+            trials.append(Trial(name, seconds, error, fault))
         except Exception as problem:  # of somebody else's library: whatever it raises, we do without it
             line = (str(problem).strip() or repr(problem)).splitlines()[0]
             trials.append(Trial(name, math.inf, math.nan, line[:120]))

@@ -18,8 +18,8 @@ from liverelay.engine.cli import main
 from liverelay.engine.devices import check_fp8
 from liverelay.engine.errors import InputError
 from liverelay.kernels import attention_backends, dispatch, torch_ops
-from liverelay.kernels.attention_backends import candidates, fastest, flash_attention, try_out
-from liverelay.kernels.contract import Place
+from liverelay.kernels.attention_backends import candidates, fastest, flash_attention, fp8_candidates, try_out
+from liverelay.kernels.contract import Place, Scales
 
 LIKE = torch.zeros(1)
 SHAPE = (12, 40, 2, 16)
@@ -54,6 +54,30 @@ def test_the_fastest_right_one_is_taken() -> None:
 
 def test_without_a_right_one_there_is_none() -> None:
     assert fastest(try_out({"wrong": wrong}, SHAPE, LIKE)) is None
+
+
+@pytest.mark.parametrize("fault", ["swapped scales", "scales left out", "none"])
+def test_attention_in_fp8_is_tried_with_its_scales(fault: str) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None, scales: Scales) -> Tensor:
+        if fault == "swapped scales":
+            scales = Scales(scales.q.flip(0), scales.k.flip(0), scales.v)
+        elif fault == "scales left out":
+            scales = Scales(torch.ones_like(scales.q), torch.ones_like(scales.k), 1.0)
+        return torch_ops.attention(q, k, v, out, place, scales)
+
+    (trial,) = try_out({"ours": attention}, (70, 150, 3, 32), LIKE.bfloat16(), fp8=True)
+    assert bool(trial.fault) == (fault != "none")
+    assert trial.fault or 0 < trial.error < 0.06
+
+
+@pytest.mark.parametrize(("capability", "count"), [((8, 9), 1), ((9, 0), 2), ((10, 0), 2)])
+def test_attention_in_fp8_has_candidates_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], count: int
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert len(fp8_candidates(torch.device("cuda"), triton_works=True)) == count
+    assert list(fp8_candidates(torch.device("cpu"), triton_works=True)) == ["torch"]
 
 
 def test_a_cpu_has_pytorch_alone() -> None:
