@@ -26,7 +26,7 @@ class Request:
 
 @dataclass
 class _Client:
-    """A session as the scheduler knows it. rate: blocks it needs in a second, 0 for a file, which takes what is left."""
+    """A session as the scheduler knows it. rate: blocks that it needs in a second; 0: a file, which takes the rest."""
 
     rate: float
     served: int = -1  # when it was served last, counted in blocks of the line
