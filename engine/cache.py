@@ -18,16 +18,17 @@ class Arena:
 
     `k`, `v` [L, N, H, d] with N = geometry.arena_tokens; `reference_k` [L, P, H, d] keeps the reference frame's keys
     before RoPE, from which they are rotated anew when their position moves; `reference_position` is where they are.
+    With `sink_only` there is no ring: the shadow in which a new sink is made while the old one is in use.
     For FP8 attention k and v are e4m3, `k_scale` [L, H, N] float32 belongs to k, and v's tokens are contiguous.
     """
 
     def __init__(
         self, config: DiTConfig, geometry: Geometry, device: torch.device | str, dtype: torch.dtype, *,
-        fp8: bool = False,
+        fp8: bool = False, sink_only: bool = False,
     ) -> None:
         self.geometry = geometry
         heads = (config.num_heads, config.head_dim)
-        shape = (config.num_layers, geometry.arena_tokens, *heads)
+        shape = (config.num_layers, geometry.sink_tokens if sink_only else geometry.arena_tokens, *heads)
         self.k = torch.zeros(shape, device=device, dtype=FP8 if fp8 else dtype)
         self.v = transposed(shape, device) if fp8 else torch.zeros_like(self.k)
         self.k_scale = torch.zeros(shape[0], shape[2], shape[1], device=device) if fp8 else None
@@ -38,14 +39,16 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors())
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors().values())
 
-    def _tensors(self) -> list[torch.Tensor]:
-        return [self.k, self.v, self.reference_k, *([] if self.k_scale is None else [self.k_scale])]
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of its memory by name: what a snapshot holds, with `reference_position`."""
+        named = {"k": self.k, "v": self.v, "reference_k": self.reference_k}
+        return named if self.k_scale is None else named | {"k_scale": self.k_scale}
 
     def reset(self) -> None:
         """Back to the state of a new session: unwritten ring rows are zero, as in the published caches."""
-        for tensor in self._tensors():
+        for tensor in self.tensors().values():
             tensor.zero_()
         self.reference_position = REFERENCE_POSITION
 

@@ -25,12 +25,12 @@ from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.models.image import as_image, choose_size, prepare_image
-from liverelay.engine.models.layers import TextCondition
 from liverelay.engine.models.text import TextEncoder
 from liverelay.engine.models.vae import VAE
 from liverelay.engine.models.weights import is_quantized, open_pth
-from liverelay.engine.relay.rollout import Rollout
-from liverelay.engine.relay.stage import StageLine
+from liverelay.engine.relay.pipeline import Pipeline, local_pipeline
+from liverelay.engine.relay.plan import Plan, balanced_plan
+from liverelay.engine.relay.stage import LineSpec, Stage
 from liverelay.kernels import dispatch
 from liverelay.kernels.attention_backends import named
 
@@ -41,24 +41,29 @@ if TYPE_CHECKING:
 DEFAULT_MAX_AREA = DEFAULT_MAX_SIZE[0] * DEFAULT_MAX_SIZE[1]
 VAE_STRIDE = 8
 KEPT_LINES = 2
+SESSIONS = 16
 LONGEST_SIDE = 8192
 Say = Callable[[str], None]
 
 
 class Engine:
-    """Models of one checkpoint on one device. Sessions run in turn; each resolution has one line of stages.
+    """Models of one checkpoint. Sessions take turns; each resolution has one line of stages.
 
-    Make one with `Engine.load`, open sessions with `open`. Sessions may be used from several threads: `lock` lets one
-    of them compute at a time, because they share the line's buffers.
+    Make one with `Engine.load`, open sessions with `open`. Sessions may be used from several threads; `lock` guards
+    the encoders. sessions: how many may be open at a time in one resolution; memory is taken when a place is first
+    used. admit_by_rate: refuse a live session that the line has no time for.
     """
 
     def __init__(self, files: CheckpointFiles, dit: DiT, vae: VAE, audio: AudioEncoder, stream: StreamConfig) -> None:
         self.files, self.dit, self.vae, self.audio, self.stream = files, dit, vae, audio, stream
         self.lock = threading.RLock()
+        self.sessions = SESSIONS
+        self.admit_by_rate = False
         self._backend: str | None = None  # a name forces all operators to it
         self._say: Say = lambda line: None
-        self._lines: dict[Geometry, StageLine] = {}
-        self._texts: dict[str, TextCondition] = {}
+        self._plan: Plan | None = None
+        self._lines: dict[Geometry, Pipeline] = {}
+        self._texts: dict[str, Tensor] = {}
 
     @classmethod
     def load(
@@ -154,30 +159,46 @@ class Engine:
             # The first chunk of the encoder is the single frame, so the reference is the first motion latent.
             motion = self.vae.encode(pixels.unsqueeze(1).expand(-1, self.stream.motion_pixel_frames, -1, -1))
             line = self.line(height // VAE_STRIDE, width // VAE_STRIDE)
-            rollout = Rollout(line, text, motion[:, :1], motion)
-            return Session(self, rollout, motion, waveform=waveform, seed=seed, session_id=session_id, live=live)
+            given = {"text": text, "reference": motion[:, :1].clone(), "motion": motion}
+            rate = 1 / self.stream.block_seconds if waveform is None and self.admit_by_rate else 0.0
+            serial = line.open(given, rate=rate)
+            return Session(self, line, serial, waveform=waveform, seed=seed, session_id=session_id, live=live)
 
-    def line(self, latent_h: int, latent_w: int) -> StageLine:
-        """The stages of one resolution, made when first asked for."""
+    def line(self, latent_h: int, latent_w: int) -> Pipeline:
+        """The pipeline of one resolution, made when first asked for."""
         geometry = Geometry(
             latent_h, latent_w, self.dit.config.head_dim, self.stream.frames_per_block, self.stream.ring_frames
         )
         found = self._lines.pop(geometry, None)
-        if found is None:
+        if found is None or found.error is not None:
             if not self._lines and self._backend is None:
                 self.dit.choose_attention(geometry, self._say)
-            found = StageLine(self.dit, geometry, self.stream)
+            found = self._make_line(geometry)
         self._lines[geometry] = found  # the latest last
-        while len(self._lines) > KEPT_LINES:  # a line's buffers are some hundred MB at 14B; open sessions keep theirs
-            del self._lines[next(iter(self._lines))]
+        idle = [old for old, line in self._lines.items() if line is not found and not line.sessions]
+        for old in idle[: max(0, len(self._lines) - KEPT_LINES)]:  # a line's buffers are some hundred MB at 14B
+            self._lines.pop(old).close()
         return found
 
-    def encode_text(self, prompt: str) -> TextCondition:
-        """Keys and values of a prompt for all layers; the text encoder (11 GB) is in memory only meanwhile."""
+    def _make_line(self, geometry: Geometry) -> Pipeline:
+        config, stream = self.dit.config, self.stream
+        audio = (1, config.audio_states, config.audio_dim, stream.block_frames)
+        spec = LineSpec.make(geometry, stream, audio, channels=config.in_channels)
+        steps = len(spec.schedule.timesteps)
+        plan = self._plan or balanced_plan([str(self.dit.device)], steps)
+        stages = [Stage(part, spec, self.dit, self.vae, self.dit.dtype) for part in plan.stages]
+        return local_pipeline(plan, spec, stages, places=self.sessions)
+
+    def close(self) -> None:
+        """End the stages of all resolutions; open sessions are lost."""
+        while self._lines:
+            self._lines.popitem()[1].close()
+
+    def encode_text(self, prompt: str) -> Tensor:
+        """A prompt's states [n, text_dim]; the text encoder (11 GB) is in memory only meanwhile."""
         if prompt not in self._texts:
-            self._texts.clear()  # one prompt's keys and values are 0.4 GB at 14B
-            states = self._text_states(prompt)
-            self._texts[prompt] = self.dit.text_condition(states)
+            self._texts.clear()
+            self._texts[prompt] = self._text_states(prompt)
         return self._texts[prompt]
 
     def _text_states(self, prompt: str) -> Tensor:

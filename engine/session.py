@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
+import weakref
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +21,7 @@ from liverelay.engine.errors import InputError, LiveRelayError
 from liverelay.engine.models.audio import SAMPLE_RATE, AudioEncoder, as_samples, load_waveform
 from liverelay.engine.models.audio_live import LiveAudio, LiveAudioConfig
 from liverelay.engine.models.sampler import block_noise, relative_distance
-from liverelay.engine.relay.rollout import Rollout
+from liverelay.engine.relay.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from liverelay.engine.engine import Engine
@@ -30,15 +34,14 @@ class Chunk:
     """The video of one block and the sound that belongs to it.
 
     frames: uint8 [n, H, W, 3], n <= 12; audio: float32 [n * 640] mono at 16 kHz, as the model heard it;
-    first_frame: number of the first frame in the stream; seconds spent on denoising and on decoding.
+    first_frame: number of the first frame in the stream; latency_s: seconds from when the block was asked for.
     """
 
     block: int
     first_frame: int
     frames: npt.NDArray[np.uint8]
     audio: Samples
-    denoise_s: float
-    decode_s: float
+    latency_s: float
 
 
 class AudioTrack(Protocol):
@@ -81,54 +84,68 @@ class WholeFile:
         return np.pad(found, (0, (frame_end - frame_start) * self._frame_samples - len(found)))
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """A block that was asked for: its number, when, its sound, its frames to come."""
+
+    block: int
+    asked: float
+    sound: Samples
+    future: Future[Any]
+
+
 class Session:
     """One avatar's stream; opened by `Engine.open`.
 
     A whole-file session was given its sound when it was opened; a live one is given it by `push_audio`, in pieces of
-    any size, until `end_audio`. `frames` yields what can be made of it.
+    any size, until `end_audio`. `frames` yields what can be made of it. Blocks whose sound is there are asked of the
+    line of stages before they are wanted, as many as keep all its stages busy.
 
     The published stream drops its first 3 frames, so its picture runs 120 ms ahead of the sound. Here the model hears
     its first audio frame 3 frames longer instead (pre-roll), so that picture and sound are in step.
     """
 
     def __init__(
-        self, engine: Engine, rollout: Rollout, motion: Tensor, *, waveform: Samples | None, seed: int = 0,
+        self, engine: Engine, line: Pipeline, serial: int, *, waveform: Samples | None, seed: int = 0,
         session_id: int = 0, live: LiveAudioConfig | None = None,
     ) -> None:
-        self.engine, self.seed, self.session_id = engine, seed, session_id
-        self._rollout: Rollout | None = rollout
+        self.engine, self.line, self.seed, self.session_id = engine, line, seed, session_id
+        self._serial: int | None = serial
+        self._release = weakref.finalize(self, line.abandon, serial)
         self._broken = False
-        fps = engine.stream.fps
         self._track: AudioTrack
         self._live: LiveAudio | None = None
         if waveform is None:
             self._live = LiveAudio(engine.audio, live or LiveAudioConfig())
             self._track = self._live
         else:
-            self._track = WholeFile(engine.audio, waveform, fps)
-        geometry = rollout.line.geometry
-        self._decoder = engine.vae.new_decoder(geometry.latent_h, geometry.latent_w)
-        engine.vae.prime(self._decoder, motion[:, : engine.stream.prime_latents])
-        shape = (engine.dit.config.in_channels, geometry.frames_per_block, geometry.latent_h, geometry.latent_w)
-        self._latent = torch.empty(shape, device=engine.dit.device, dtype=engine.dit.dtype)
+            self._track = WholeFile(engine.audio, waveform, engine.stream.fps)
+        self._wanted: deque[_Wanted] = deque()  # blocks asked for, in order
+        self._next = 0  # the block that is asked for next
+        self._epoch: float | None = None  # when a live session's first frame was due
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of the video in pixels."""
-        geometry = self._open_rollout().line.geometry
+        self._check_open()
+        geometry = self.line.spec.geometry
         return geometry.latent_w * 8, geometry.latent_h * 8
+
+    @property
+    def next_block(self) -> int:
+        """Number of the block that `frames` yields next."""
+        self._check_open()
+        return self._wanted[0].block if self._wanted else self._next
 
     @property
     def next_frame(self) -> int:
         """Number of the video frame that the next block begins with; frames before it have been yielded."""
-        stream = self.engine.stream
-        block = self._open_rollout().next_block
-        return max(0, block * stream.block_frames - stream.dropped_frames)
+        return self._frames_before(self.next_block)
 
     @property
     def total_frames(self) -> int | None:
         """Frames of the whole video, as long as its sound; None in a live session that has not ended."""
-        self._open_rollout()
+        self._check_open()
         return self._track.total_frames()
 
     def push_audio(self, samples: npt.ArrayLike, sample_rate: int) -> None:
@@ -136,14 +153,14 @@ class Session:
 
         The sample rate is the same throughout a session. May be called from another thread than `frames`.
         """
-        self._open_rollout()
+        self._check_open()
         if self._live is None:
             raise InputError("this session was opened with its whole sound; open one without audio= to push pieces")
         self._live.push(samples, sample_rate)
 
     def end_audio(self) -> None:
         """Say that no more sound comes: `frames` then makes the rest and ends."""
-        self._open_rollout()
+        self._check_open()
         if self._live is not None:
             self._live.finish()
 
@@ -154,68 +171,90 @@ class Session:
         push), and for good after `end_audio`. With `idle` it goes on with silence instead and never ends.
         """
         while True:
-            self._open_rollout()
-            total = self._track.total_frames()
-            if total is not None and self.next_frame >= total and not idle:
-                return
-            end = self._block_end()
-            if not self._track.ready(end):
+            self._check_open()
+            while len(self._wanted) < self.line.depth and self._has_sound(idle):
+                self._want_block()
+            if not self._wanted:
                 if not idle:
                     return
                 if self._live is not None:
-                    self._live.push_silence(end)
-            yield self._run_block(None if idle else total)
+                    self._live.push_silence(self._frames_before(self._next + 1))
+                self._want_block()
+            yield self._take_block(idle)
 
-    def _block_end(self) -> int:
+    def _frames_before(self, block: int) -> int:
         stream = self.engine.stream
-        return (self._open_rollout().next_block + 1) * stream.block_frames - stream.dropped_frames
+        return max(0, block * stream.block_frames - stream.dropped_frames)
 
-    def _run_block(self, total: int | None) -> Chunk:
+    def _has_sound(self, idle: bool) -> bool:
+        """Whether the block that is asked for next can be made now and is part of the video."""
+        total = self._track.total_frames()
+        if total is not None and self._frames_before(self._next) >= total:
+            return idle and not self._wanted  # what follows the sound is made when it is wanted
+        return self._track.ready(self._frames_before(self._next + 1))
+
+    def _want_block(self) -> None:
+        """Ask for the next block: noise, features of its sound, the sink's distances, when it is due."""
+        stream, spec, block = self.engine.stream, self.line.spec, self._next
+        first, end = self._frames_before(block), self._frames_before(block + 1)
         with self.engine.lock:
-            return self._compute_block(self._open_rollout(), total)
-
-    def _compute_block(self, rollout: Rollout, total: int | None) -> Chunk:
-        stream, dit = self.engine.stream, self.engine.dit
-        block, started = rollout.next_block, time.perf_counter()
-        first, end = self.next_frame, self._block_end()
-        features = self._track.features(first, end)
+            features = self._track.features(first, end)
         if block == 0:  # pre-roll: the first frame's features stand for the frames that will be dropped
             features = torch.cat([features[:, :, :1].expand(-1, -1, stream.dropped_frames), features], dim=2)
-        noise = block_noise(self.seed, self.session_id, block, tuple(self._latent.shape))
-        self._latent.copy_(torch.from_numpy(noise))
-        audio = dit.audio_condition(features.unsqueeze(0), stream.frames_per_block)
-        distances = [self._distance(block, stage.step) for stage in rollout.line.stages]
-        rollout.run_block(self._latent, audio, dit.pose_condition(None), distances)
-        denoised = time.perf_counter()
-        self._broken = True  # until the frames are out: a decoder that stopped half-way cannot go on
-        video = self.engine.vae.decode(self._latent, self._decoder)
-        if block == 0:
-            video = video[:, stream.dropped_frames :]
+        noise = block_noise(self.seed, self.session_id, block, spec.parcel["latent"])
+        parts = {"latent": torch.from_numpy(noise), "audio": features.unsqueeze(0)}
+        distances = [self._distance(block, step) for step in range(len(spec.schedule.timesteps))]
+        future = self.line.request(self._open_serial(), block, parts, distances, deadline=self._deadline(first))
+        self._wanted.append(_Wanted(block, time.perf_counter(), self._track.samples(first, end), future))
+        self._next += 1
+
+    def _deadline(self, frame: int) -> float:
+        """When a live session's frame is due, by the pace of its video; a session that stood still is not late."""
+        if self._live is None:
+            return math.inf
+        now, offset = time.monotonic(), frame / self.engine.stream.fps
+        if self._epoch is None or self._epoch + offset < now:
+            self._epoch = now - offset
+        return self._epoch + offset
+
+    def _take_block(self, idle: bool) -> Chunk:
+        """Wait for the first of the blocks that were asked for. An interrupt leaves it there."""
+        wanted = self._wanted[0]
+        try:
+            frames = wanted.future.result()
+        except (Exception, CancelledError):
+            self._broken = True  # its caches stopped half-way
+            raise
+        self._wanted.popleft()
+        first, count = self._frames_before(wanted.block), len(frames)
+        total = None if idle else self._track.total_frames()
         if total is not None:
-            end = min(end, total)
-            video = video[:, : end - first]
-        frames = self.engine.vae.to_uint8(video).cpu().numpy()
-        self._broken = False
-        decoded = time.perf_counter()
-        sound = self._track.samples(first, end)
-        return Chunk(block, first, frames, sound, denoised - started, decoded - denoised)
+            count = min(count, total - first)
+        sound = wanted.sound[: count * SAMPLE_RATE // self.engine.stream.fps]
+        return Chunk(wanted.block, first, frames[:count], sound, time.perf_counter() - wanted.asked)
 
     def _distance(self, block: int, step: int) -> int:
         constant = self.engine.stream.relative_distance
         return relative_distance(self.seed, self.session_id, block, step) if constant is None else constant
 
-    def _open_rollout(self) -> Rollout:
-        if self._rollout is None:
+    def _open_serial(self) -> int:
+        if self._serial is None:
             raise LiveRelayError("the session is closed")
+        return self._serial
+
+    def _check_open(self) -> None:
+        self._open_serial()
         if self._broken:
-            raise LiveRelayError("a block of this session failed while it was decoded; open a new session")
-        return self._rollout
+            raise LiveRelayError("a block of this session failed; open a new session")
 
     def close(self) -> None:
-        """Give the session's memory back; it cannot be used afterwards."""
-        self._rollout, self._live = None, None
-        self._decoder.buffers.clear()
-        del self._track, self._latent
+        """Give the session's place back; it cannot be used afterwards."""
+        if self._serial is None:
+            return
+        serial, self._serial, self._live = self._serial, None, None
+        self._wanted.clear()
+        if self._release.detach():
+            self.line.close_session(serial)
 
     def __enter__(self) -> Session:
         return self

@@ -201,7 +201,7 @@ def test_out_of_memory_is_one_line(
     def fail(*_: object, **__: object) -> None:
         raise failure
 
-    monkeypatch.setattr("liverelay.engine.relay.rollout.Rollout.run_block", fail)
+    monkeypatch.setattr("liverelay.engine.relay.stage.Stage.denoise", fail)
     sound = write_sound(tmp_path / "sound.wav", 0.3)
     assert main(arguments(checkpoint, picture, sound, tmp_path / "x.mp4")) == 1
     assert "out of memory; choose a smaller" in capsys.readouterr().err.splitlines()[-1]

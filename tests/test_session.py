@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -149,49 +150,69 @@ def test_sessions_in_threads_equal_each_alone(engine: Engine, numbers: Numbers) 
 
 
 def test_a_block_that_fails_half_way_ends_the_session(engine: Engine, numbers: Numbers, monkeypatch: Patch) -> None:
-    session = start(engine, picture(numbers), sound(numbers, 30 * SAMPLES))
+    session = start(engine, picture(numbers), sound(numbers, 300 * SAMPLES))
     chunks = session.frames()
     next(chunks)
     with monkeypatch.context() as patch:
         patch.setattr(engine.vae, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("lost")))
         with pytest.raises(RuntimeError, match="lost"):
-            next(chunks)
+            list(chunks)
     with pytest.raises(LiveRelayError, match="open a new session"):
         next(session.frames())
-
-
-def pointers(session: Session) -> list[int]:
-    holders = [*map(vars, (*session._open_rollout().arenas, session)), session._decoder.buffers]
-    return [value.data_ptr() for holder in holders for value in holder.values() if isinstance(value, torch.Tensor)]
-
-
-def test_the_first_frame_is_the_later_reference(engine: Engine, numbers: Numbers, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(engine, "stream", StreamConfig())
-    session = start(engine, picture(numbers), sound(numbers, 93 * SAMPLES))
-    rollout, dit, places = session._open_rollout(), engine.dit, pointers(session)
-    line, sink, fresh = rollout.line, rollout.line.geometry.sink_tokens, dit.make_arena(rollout.line.geometry)
-    before = [arena.reference_k.clone() for arena in rollout.arenas]
-    for chunk in session.frames():
-        if chunk.block == 0:
-            tokens = dit.sink_tokens(session._latent[:, :1].clone(), rollout.motion)
-            dit.prefill(dit.make_workspace(line.geometry), fresh, line.sink_tables, rollout.text, tokens)
-            assert not torch.equal(fresh.reference_k, before[0])
-        for arena, old in zip(rollout.arenas, before, strict=True):
-            assert torch.equal(arena.reference_k, old if chunk.block < 4 else fresh.reference_k), chunk.block
-            assert torch.equal(arena.v[:, :sink], fresh.v[:, :sink]) == (chunk.block >= 4)
-        assert pointers(session) == places
-    assert chunk.block == 7
 
 
 @pytest.mark.parametrize("constant", [None, 0, 29, 700])
 def test_reference_distance(engine: Engine, numbers: Numbers, monkeypatch: Patch, constant: int | None) -> None:
     monkeypatch.setattr(engine, "stream", StreamConfig(relative_distance=constant, motion_pixel_frames=25))
     seed, name = (int(n) for n in numbers.integers(0, 1 << 31, 2))
-    session = start(engine, picture(numbers), sound(numbers, 93 * SAMPLES), seed=seed, session_id=name)
-    for chunk in session.frames():
-        for step, arena in enumerate(session._open_rollout().arenas):
-            distance = relative_distance(seed, name, chunk.block, step) if constant is None else constant
-            assert arena.reference_position == max(30, 3 * chunk.block + distance)
+    session, asked = start(engine, picture(numbers), sound(numbers, 93 * SAMPLES), seed=seed, session_id=name), []
+    request = session.line.request
+    monkeypatch.setattr(session.line, "request", lambda *a, **k: asked.append((a[1], a[3])) or request(*a, **k))
+    assert len(list(session.frames())) == 8 == len(asked)
+    for block, distances in asked:
+        for step, distance in enumerate(distances):
+            assert distance == (relative_distance(seed, name, block, step) if constant is None else constant)
+
+
+def test_an_interrupt_while_a_block_is_waited_for_loses_nothing(
+    engine: Engine, numbers: Numbers, monkeypatch: Patch
+) -> None:
+    image, waveform = picture(numbers), sound(numbers, 40 * SAMPLES)
+    whole, session = video(start(engine, image, waveform)), start(engine, image, waveform)
+    first = next(session.frames())
+
+    def interrupted(self: Future[Array], timeout: float | None = None) -> Array:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(session.frames())
+    assert np.array_equal(np.concatenate([first.frames, video(session)]), whole)
+
+
+def test_no_more_sessions_than_places(engine: Engine, numbers: Numbers, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(engine, "sessions", 2)
+    image = np.zeros((64, 128, 3), np.uint8)
+    kept = [engine.open(image, "Hi.", size=(128, 64)) for _ in range(2)]
+    with pytest.raises(InputError, match="all 2 places are taken"):
+        engine.open(image, "Hi.", size=(128, 64))
+    kept.pop()  # nobody holds it any more
+    gc.collect()
+    engine.open(image, "Hi.", size=(128, 64)).close()
+
+
+def test_live_sessions_the_line_has_no_time_for_are_refused(
+    engine: Engine, numbers: Numbers, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(engine, "admit_by_rate", True)
+    session = start(engine, picture(numbers))
+    monkeypatch.setattr(session.line.scheduler, "blocks_per_s", 4.0)
+    with pytest.raises(InputError, match="no session can be opened: the line makes"):
+        start(engine, picture(numbers))
+    start(engine, picture(numbers), sound(numbers, SAMPLES)).close()  # a file takes what is left
+    session.close()
+    start(engine, picture(numbers)).close()
 
 
 def test_random_numbers_repeat_and_depend_on_every_key(numbers: Numbers) -> None:
@@ -225,7 +246,7 @@ def test_a_prompt_is_encoded_once_and_changes_the_video(engine: Engine, numbers:
 
 def test_the_first_frame_is_heard_three_times_more(engine: Engine, numbers: Numbers, monkeypatch: Patch) -> None:
     waveform, blocks, condition = sound(numbers, 20 * SAMPLES), list[torch.Tensor](), engine.dit.audio_condition
-    monkeypatch.setattr(engine.dit, "audio_condition", lambda audio, n: blocks.append(audio[0]) or condition(audio, n))
+    monkeypatch.setattr(engine.dit, "audio_condition", lambda a, n: blocks.append(a[0].clone()) or condition(a, n))
     assert len(video(start(engine, picture(numbers), waveform))) == 20
     features = engine.audio.encode_file(waveform)[:, :, :21]
     assert torch.equal(torch.cat(blocks, dim=2), torch.cat([features[:, :, [0, 0, 0]], features], dim=2))

@@ -13,8 +13,10 @@ from liverelay.engine.config import StreamConfig
 from liverelay.engine.golden import GoldenOptions, given, read_json, read_tensors
 from liverelay.engine.golden.dit import load_dit, read_geometry, unbatched
 from liverelay.engine.models.sampler import Schedule
-from liverelay.engine.relay.rollout import Rollout
-from liverelay.engine.relay.stage import StageLine
+from liverelay.engine.relay.messages import Event, Stepped
+from liverelay.engine.relay.pipeline import local_pipeline
+from liverelay.engine.relay.plan import balanced_plan
+from liverelay.engine.relay.stage import LineSpec, Stage
 
 
 def run(folder: Path, options: GoldenOptions) -> dict[str, Tensor]:
@@ -27,26 +29,37 @@ def run(folder: Path, options: GoldenOptions) -> dict[str, Tensor]:
     schedule = Schedule(tuple(given(meta, "timesteps", where)), tuple(given(meta, "sigmas", where)))
     distances = given(meta, "relative_distance_by_rank_and_global_block", where)
     audio, poses = given(inputs, "audio", inputs_file), given(inputs, "cond_states", inputs_file)
-    text = dit.text_condition(given(inputs, "context", inputs_file))
-    references = [unbatched(inputs, name, 4, inputs_file) for name in ("ref_latents", "motion_latents")]
-    rollout = Rollout(StageLine(dit, geometry, stream, schedule), text, *references)
+    given_tensors = {"text": given(inputs, "context", inputs_file)}
+    for name, key in (("reference", "ref_latents"), ("motion", "motion_latents")):
+        given_tensors[name] = unbatched(inputs, key, 4, inputs_file)
+    sound = (*audio.shape[:-1], stream.block_frames)
+    spec = LineSpec.make(geometry, stream, sound, schedule=schedule, pose=True, channels=dit.config.in_channels)
+    plan = balanced_plan([str(dit.device)], len(schedule.timesteps))
     results: dict[str, Tensor] = {}
-    for clip in range(int(given(meta, "clips", where))):
-        noise = given(inputs, f"noise.{clip}", inputs_file)
-        for block in range(per_clip):
-            index, first = clip * per_clip + block, block * frames
-            columns = slice(index * stream.block_frames, (index + 1) * stream.block_frames)
 
-            def keep(rank: int, latent: Tensor, at: str = f"latent.{clip}.{block}") -> None:
-                results[f"{at}.{rank}"] = latent.clone()
+    def keep(event: Event) -> None:
+        if isinstance(event, Stepped):
+            clip, block = divmod(event.block, per_clip)
+            results[f"latent.{clip}.{block}.{event.step}"] = event.latent
 
-            rollout.run_block(
-                noise[:, first : first + frames].to(dit.device, dit.dtype).clone(),
-                dit.audio_condition(audio[..., columns], frames),
-                dit.pose_condition(poses[clip, :, first : first + frames]),
-                [by_rank[index] for by_rank in distances],
-                keep,
-            )
-    if rollout.new_reference is not None:
-        results["new_ref"] = rollout.new_reference.unsqueeze(0)
+    stages = [Stage(part, spec, dit, None, dit.dtype) for part in plan.stages]
+    line = local_pipeline(plan, spec, stages, observe=keep)
+    try:
+        serial, blocks = line.open(given_tensors), []
+        for clip in range(int(given(meta, "clips", where))):
+            noise = given(inputs, f"noise.{clip}", inputs_file)
+            for block in range(per_clip):
+                index, first = clip * per_clip + block, block * frames
+                columns = slice(index * stream.block_frames, (index + 1) * stream.block_frames)
+                parts = {"latent": noise[:, first : first + frames], "audio": audio[..., columns]}
+                parts["pose"] = poses[clip, :, first : first + frames]
+                drawn = [by_rank[index] for by_rank in distances]
+                blocks.append(line.request(serial, index, parts, drawn, keep=True))
+        for future in blocks:
+            future.result()
+        reference = line.reference(serial)
+    finally:
+        line.close()
+    if reference is not None:
+        results["new_ref"] = reference.unsqueeze(0)
     return results

@@ -86,8 +86,14 @@ class DiT:
             self.config, geometry, self.device, self.dtype, fp8=self.weights.fp8, fp8_attention=self.fp8_attention
         )
 
-    def make_arena(self, geometry: Geometry) -> Arena:
-        return Arena(self.config, geometry, self.device, self.dtype, fp8=self.fp8_attention)
+    def make_arena(self, geometry: Geometry, *, sink_only: bool = False) -> Arena:
+        return Arena(self.config, geometry, self.device, self.dtype, fp8=self.fp8_attention, sink_only=sink_only)
+
+    def make_text(self) -> TextCondition:
+        """Buffers for a prompt's keys and values."""
+        config = self.config
+        shape = (config.num_layers, config.text_len, config.num_heads, config.head_dim)
+        return TextCondition(*(torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2)))
 
     def choose_attention(self, geometry: Geometry, say: Callable[[str], None]) -> None:
         """Take the fastest attention that is right on this device and resolution (on a CPU there is one)."""
@@ -121,7 +127,7 @@ class DiT:
 
     # -- conditions: once per prompt, block of sound, or pose ------------------------------------------------------
 
-    def text_condition(self, states: Tensor) -> TextCondition:
+    def text_condition(self, states: Tensor, out: TextCondition | None = None) -> TextCondition:
         """Keys and values of a prompt for all layers. states [n, text_dim], n <= text_len; padding takes part."""
         config = self.config
         if states.dim() != 2 or states.shape[0] > config.text_len or states.shape[1] != config.text_dim:
@@ -132,8 +138,7 @@ class DiT:
         x = F.pad(x, (0, 0, 0, config.text_len - x.shape[0]))
         first, second = self.weights.text
         x = F.linear(F.gelu(F.linear(x, first.weight, first.bias), approximate="tanh"), second.weight, second.bias)
-        shape = (config.num_layers, config.text_len, config.num_heads, config.head_dim)
-        text = TextCondition(*(torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2)))
+        text = out or self.make_text()
         for i, layer in enumerate(self.weights.layers):
             kv = F.linear(x, layer.text_kv.weight, layer.text_kv.bias)
             k, v = kv.chunk(2, dim=1)
@@ -227,14 +232,26 @@ class DiT:
         latent [16, F, h, w] in the working dtype; conditions: text, audio, embedded pose. Writes the block's keys
         and values into the ring slot of `start_frame` (spec 7.3) and moves the sink's reference frame.
         """
-        geometry, tokens, eps = ws.geometry, ws.geometry.block_tokens, self.config.eps
-        text, audio, pose = conditions
+        self.fill_block(ws, arena, start_frame, reference_position)
+        return self.compute_block(ws, arena, tables, latent, conditions, tap=tap)
+
+    def fill_block(self, ws: Workspace, arena: Arena, start_frame: int, reference_position: int) -> None:
+        """The part of a block-step that the host decides: positions, ring slot and valid rows, into device buffers."""
+        geometry = ws.geometry
         ws.block_rope.fill_times(start_frame)
         moved = reference_position != arena.reference_position
         if moved:
             ws.reference_rope.fill_times(reference_position)
             arena.reference_position = reference_position
         ws.place.fill(geometry.slot_row(start_frame), geometry.valid_tokens(start_frame), moved)
+
+    def compute_block(
+        self, ws: Workspace, arena: Arena, tables: TimestepTables, latent: Tensor,
+        conditions: tuple[TextCondition, AudioCondition, Tensor], *, tap: Tap | None = None,
+    ) -> Tensor:
+        """The rest of it, which a graph can capture for a ring slot (ws.place.row) and fill level (ws.place.valid)."""
+        tokens, eps = ws.geometry.block_tokens, self.config.eps
+        text, audio, pose = conditions
         patch, x, h = self.weights.patch, ws.x[:tokens], ws.h[:tokens]
         self.ops.embed(latent, (patch.weight, patch.bias), pose, self.weights.kinds[NOISY], x)
         if tap:
@@ -244,7 +261,7 @@ class DiT:
         injectors, scale = list(self.weights.injectors), _rows(ws.h_scale, tokens)
         self.ops.residual_norm(x, [], norms[0], h, eps=eps, scale_out=scale)
         for i, layer in enumerate(self.weights.layers):
-            reference = (arena.reference_k[i], ws.reference_rope.both) if moved else None
+            reference = (arena.reference_k[i], ws.reference_rope.both)  # rotated anew only where ws.place.moved
             self._project(ws, layer, arena, i, tokens, ws.block_rope.both, reference=reference)
             updates = self._attend(ws, layer, tables.layers[i], arena, text, i, tokens)
             last = i + 1 == len(self.weights.layers)

@@ -22,6 +22,10 @@ class Schedule:
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if len(self.sigmas) != len(self.timesteps) + 1:
+            raise ValueError(f"{len(self.timesteps)} timesteps go with one noise level more, not {len(self.sigmas)}")
+
     def step_size(self, step: int) -> float:
         """sigma[step+1] - sigma[step] in float32."""
         return float(np.float32(self.sigmas[step + 1]) - np.float32(self.sigmas[step]))

@@ -1,50 +1,236 @@
-"""A stage: one timestep pinned to one device, and the line of all stages that sessions of one resolution share."""
+"""A stage: its denoising steps, and the VAE where it has it, on one device, with the memory of every session there."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from liverelay.engine.cache import Arena
 from liverelay.engine.config import StreamConfig
+from liverelay.engine.errors import InputError
 from liverelay.engine.models.dit import DiT
-from liverelay.engine.models.geometry import Geometry
-from liverelay.engine.models.layers import AudioCondition, TextCondition
+from liverelay.engine.models.geometry import Geometry, reference_position
+from liverelay.engine.models.layers import TextCondition
 from liverelay.engine.models.sampler import Schedule, make_schedule
-from liverelay.engine.models.workspace import Workspace
+from liverelay.engine.models.vae import VAE
+from liverelay.engine.models.vae_layers import FeatureCache
+from liverelay.engine.relay.graph import Graphs
+from liverelay.engine.relay.handoff import Parcel
+from liverelay.engine.relay.messages import Block, Tensors
+from liverelay.engine.relay.plan import StagePlan
+
+OnStep = Callable[[int, Tensor], None]
+NOBODY = -1
+
+
+@dataclass(frozen=True)
+class LineSpec:
+    """What all stages of a line agree on: sizes, the stream's rules, the noise levels, the parts of a parcel.
+
+    parcel: shapes of what comes with a block; `latent`, and for stages that denoise `audio` (and `pose`).
+    """
+
+    geometry: Geometry
+    stream: StreamConfig
+    schedule: Schedule
+    parcel: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def make(
+        cls, geometry: Geometry, stream: StreamConfig, audio: tuple[int, ...], *, schedule: Schedule | None = None,
+        pose: bool = False, channels: int = 16,
+    ) -> LineSpec:
+        """audio: shape of a block's features [S, states, A, 4 F]."""
+        latent = (channels, geometry.frames_per_block, geometry.latent_h, geometry.latent_w)
+        parts = {"latent": latent, "audio": audio} | ({"pose": latent} if pose else {})
+        return cls(geometry, stream, schedule or make_schedule(stream.steps, stream.shift), parts)
+
+    def parcel_of(self, plan: StagePlan) -> Mapping[str, tuple[int, ...]]:
+        """Parts of the parcels that a stage is given."""
+        return self.parcel if plan.steps else {"latent": self.parcel["latent"]}
+
+
+class Place:
+    """One session's memory at one stage, allocated once and used by one session after the other."""
+
+    def __init__(self, stage: Stage) -> None:
+        dit, vae, geometry = stage.dit, stage.vae, stage.spec.geometry
+        self.arenas: dict[int, Arena] = {}
+        self.text: TextCondition | None = None
+        self.motion: Tensor | None = None
+        self.decoder: FeatureCache | None = None
+        if dit is not None:
+            self.arenas = {step: dit.make_arena(geometry) for step in stage.plan.steps}
+            self.text = dit.make_text()
+        if vae is not None:
+            self.decoder = vae.new_decoder(geometry.latent_h, geometry.latent_w)
+
+    def tensors(self) -> Tensors:
+        """All of it by name; a step's arena has the same name whatever stage the step is in."""
+        named = {f"arena.{step}.{name}": tensor for step, arena in self.arenas.items()
+                 for name, tensor in arena.tensors().items()}  # fmt: skip
+        if self.decoder is not None:
+            named |= {f"decoder.{name}": tensor for name, tensor in self.decoder.buffers.items()}
+        return named
 
 
 class Stage:
-    """One denoising step: its modulation tables, computed once, and its Euler step. The arena belongs to a session."""
+    """The work of one stage. `parcel` holds the block that it works on, in place.
 
-    def __init__(self, dit: DiT, workspace: Workspace, schedule: Schedule, step: int) -> None:
-        self.dit, self.workspace, self.step = dit, workspace, step
-        self.tables = dit.timestep_tables(schedule.timesteps[step])
-        self.step_size = schedule.step_size(step)
-
-    def run(
-        self,
-        arena: Arena,
-        latent: Tensor,
-        start_frame: int,
-        reference_position: int,
-        conditions: tuple[TextCondition, AudioCondition, Tensor],
-    ) -> Tensor:
-        """Denoise one block in place: latent [16, F, h, w] at this stage's noise level -> the next one's."""
-        flow = self.dit.block_step(
-            self.workspace, arena, self.tables, latent, start_frame, reference_position, conditions
-        )
-        result: Tensor = self.dit.ops.euler_step(latent, flow, self.step_size, latent)
-        return result
-
-
-class StageLine:
-    """All stages of one resolution on one device, with the buffers they share because they run in turn."""
+    dit: where it has steps, vae: where it decodes, both on its device; without one, latents stay latents. The buffers
+    that a block-step works in, and the shadow in which the sink of a new reference is made, belong to the stage:
+    sessions use them in turn.
+    """
 
     def __init__(
-        self, dit: DiT, geometry: Geometry, stream: StreamConfig, schedule: Schedule | None = None
+        self, plan: StagePlan, spec: LineSpec, dit: DiT | None, vae: VAE | None, dtype: torch.dtype
     ) -> None:
-        self.dit, self.geometry, self.stream = dit, geometry, stream
-        self.workspace = dit.make_workspace(geometry)
-        schedule = schedule or make_schedule(stream.steps, stream.shift)
-        self.stages = [Stage(dit, self.workspace, schedule, step) for step in range(len(schedule.timesteps))]
-        self.sink_tables = dit.timestep_tables(0.0)
+        self.plan, self.spec, self.device, self.dtype = plan, spec, torch.device(plan.device), dtype
+        self.dit, self.vae = (dit if plan.steps else None), (vae if plan.decode else None)
+        self.parcel = Parcel(spec.parcel_of(plan), self.device, self.dtype)
+        self.graphs = Graphs(self.device)
+        self.places: dict[int, Place] = {}
+        self.shadow_of = NOBODY  # the place whose next sink the shadow holds
+        if self.dit is not None:
+            self.workspace = self.dit.make_workspace(spec.geometry)
+            self.tables = {step: self.dit.timestep_tables(spec.schedule.timesteps[step]) for step in plan.steps}
+            self.sink_tables = self.dit.timestep_tables(0.0)
+            self.shadow = self.dit.make_arena(spec.geometry, sink_only=True)
+            self.audio = self.dit.audio_condition(self.parcel.parts["audio"], spec.geometry.frames_per_block)
+
+    @property
+    def last_step(self) -> bool:
+        """Whether a block is clean when it leaves this stage's steps."""
+        return len(self.spec.schedule.timesteps) - 1 in self.plan.steps
+
+    # -- sessions --------------------------------------------------------------------------------------------------
+
+    def open(self, number: int, tensors: Tensors) -> Place:
+        """Begin a session in a place: its prompt, its sink in all arenas, its decoder warmed up (spec dit.md 9)."""
+        place, stream = self.places.get(number), self.spec.stream
+        if place is None:
+            place = self.places[number] = Place(self)
+        motion = tensors["motion"].to(self.device)
+        if self.shadow_of == number:
+            self.shadow_of = NOBODY
+        if self.dit is not None:
+            self.dit.text_condition(tensors["text"], place.text)
+            place.motion = motion
+            first, *others = place.arenas.values()
+            for arena in place.arenas.values():
+                arena.reset()
+            self._prefill(place, first, tensors["reference"])
+            for arena in others:
+                arena.copy_sink(first)
+        if self.vae is not None and place.decoder is not None:
+            place.decoder.reset()
+            self.vae.prime(place.decoder, motion[:, : stream.prime_latents])
+        return place
+
+    def _prefill(self, place: Place, arena: Arena, reference: Tensor) -> None:
+        assert self.dit is not None and place.text is not None and place.motion is not None
+        tokens = self.dit.sink_tokens(reference.to(self.device), place.motion)
+        self.dit.prefill(self.workspace, arena, self.sink_tables, place.text, tokens)
+
+    def prepare_sink(self, number: int, reference: Tensor) -> None:
+        """Adaptive attention sink: the keys and values of the model's own first latent frame, into the shadow."""
+        if self.dit is not None:
+            self._prefill(self.places[number], self.shadow, reference)
+            self.shadow_of = number
+
+    # -- blocks ----------------------------------------------------------------------------------------------------
+
+    def denoise(self, number: int, block: Block, on_step: OnStep | None = None) -> None:
+        """All steps of this stage on the parcel's latent, in place (spec dit.md 7.3)."""
+        dit, place, spec = self.dit, self.places[number], self.spec
+        if dit is None:
+            return
+        assert place.text is not None
+        if block.block == spec.stream.blocks_per_clip and self.shadow_of == number:
+            for arena in place.arenas.values():
+                arena.copy_sink(self.shadow)
+            self.shadow_of = NOBODY
+        start, parts = block.block * spec.geometry.frames_per_block, self.parcel.parts
+        self.graphs.run("audio", self._hear)
+        for step, arena in place.arenas.items():
+            dit.fill_block(self.workspace, arena, start, reference_position(start, block.distances[step]))
+            key = (number, step, self.workspace.place.row, self.workspace.place.valid)
+            self.graphs.run(key, functools.partial(self._step, step, place))
+            if on_step:
+                on_step(step, parts["latent"])
+
+    def _hear(self) -> None:
+        """The sound of the parcel, as the layers take it, for all steps of this stage."""
+        assert self.dit is not None
+        heard = self.dit.audio_condition(self.parcel.parts["audio"], self.spec.geometry.frames_per_block)
+        for name in ("k", "v", "scale", "shift"):
+            getattr(self.audio, name).copy_(getattr(heard, name))
+
+    def _step(self, step: int, place: Place) -> None:
+        """One denoising step: what a graph holds."""
+        dit, parts = self.dit, self.parcel.parts
+        assert dit is not None and place.text is not None
+        conditions = (place.text, self.audio, dit.pose_condition(parts.get("pose")))
+        arena, latent = place.arenas[step], parts["latent"]
+        flow = dit.compute_block(self.workspace, arena, self.tables[step], latent, conditions)
+        dit.ops.euler_step(latent, flow, self.spec.schedule.step_size(step), latent)
+
+    def decode(self, number: int, block: int) -> Tensor | None:
+        """The video of the parcel's latent, bytes [n, H, W, 3]; the stream's first frames are left out (spec 2.5)."""
+        decoder = self.places[number].decoder
+        if self.vae is None or decoder is None:
+            return None
+        video = self.vae.decode(self.parcel.parts["latent"], decoder)
+        if block == 0:
+            video = video[:, self.spec.stream.dropped_frames :]
+        return self.vae.to_uint8(video)
+
+    # -- snapshots -------------------------------------------------------------------------------------------------
+
+    def save(self, number: int) -> tuple[Tensors, dict[str, int]]:
+        """Copies of a session's memory between two blocks, on the CPU, and the numbers beside them."""
+        place = self.places[number]
+        numbers = {f"arena.{step}.position": arena.reference_position for step, arena in place.arenas.items()}
+        if place.decoder is not None:
+            numbers["decoder.first"] = int(place.decoder.first)
+        return {name: tensor.detach().cpu().clone() for name, tensor in place.tensors().items()}, numbers
+
+    def load(self, number: int, tensors: Tensors, numbers: Mapping[str, int]) -> None:
+        """Take a saved state into the place, which `open` has prepared. InputError where it is of another model."""
+        place = self.places[number]
+        for name, tensor in place.tensors().items():
+            saved = tensors.get(name)
+            if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+                found = "nothing" if saved is None else f"{list(saved.shape)} {saved.dtype}"
+                raise InputError(f"the snapshot has {found} for {name}, expected {list(tensor.shape)} {tensor.dtype}")
+            tensor.copy_(saved)
+        for step, arena in place.arenas.items():
+            arena.reference_position = numbers[f"arena.{step}.position"]
+        if place.decoder is not None:
+            place.decoder.first = bool(numbers["decoder.first"])
+
+
+def nbytes(stage: Stage) -> int:
+    """Memory of all sessions' places."""
+    return sum(tensor.untyped_storage().nbytes() for place in stage.places.values()
+               for tensor in place.tensors().values())  # fmt: skip
+
+
+def check_latents(tensors: Tensors, geometry: Geometry) -> None:
+    """InputError unless reference and motion are latents [16, frames, h, w] of this geometry."""
+    shape = (geometry.latent_h, geometry.latent_w)
+    for name in ("reference", "motion"):
+        if tensors[name].dim() != 4 or tuple(tensors[name].shape[2:]) != shape:
+            raise InputError(
+                f"the {name} latents have shape {list(tensors[name].shape)}, expected [16, frames, *{shape}]"
+            )
+
+
+def set_device(device: torch.device) -> None:
+    """Make it the thread's own, where it is a GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -1,0 +1,167 @@
+"""The loop of one stage: commands in order, blocks from the link, answers to the leader. One thread runs it.
+
+On a GPU the loop launches a block while the one before it is still computed and tells of a block when its event has
+come; nothing waits for the device in between.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liverelay.engine.relay.handoff import Link, LinkClosed
+from liverelay.engine.relay.messages import (
+    Block,
+    Clean,
+    Command,
+    Done,
+    Event,
+    Failed,
+    Finished,
+    Load,
+    Open,
+    Save,
+    Saved,
+    Sink,
+    Stepped,
+    Stop,
+)
+from liverelay.engine.relay.stage import Stage, set_device
+
+Emit = Callable[[Event], None]
+AHEAD = 1  # blocks that are launched and not waited for yet, while another one is launched
+
+
+class StageLoop:
+    """Runs a stage. `put` may be called from any thread; `run` is the thread's body and returns after `Stop`.
+
+    index: the stage's number in the plan; source: where its blocks come from; target: where they go, None for the
+    last stage; emit: takes answers, from the loop's thread.
+    """
+
+    def __init__(self, index: int, stage: Stage, source: Link, target: Link | None, emit: Emit) -> None:
+        self.index, self.stage, self.source, self.target, self.emit = index, stage, source, target, emit
+        self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self.working_since: float | None = None  # when the command that is worked on was begun; the watchdog looks
+        self._launched: deque[tuple[torch.cuda.Event, Callable[[], None]]] = deque()
+        self._frames: Tensor | None = None
+
+    def put(self, command: Command) -> None:
+        if isinstance(command, Block):
+            self.source.expect()
+        self.inbox.put(command)
+
+    def run(self) -> None:
+        """Work until `Stop`. What goes wrong with a session is told and the loop goes on; its links' end ends it."""
+        set_device(self.stage.device)
+        try:
+            with torch.inference_mode():
+                while not isinstance(command := self._next(), Stop):
+                    self._do(command)
+                self._settle(0)
+        except LinkClosed:
+            pass
+        except BaseException as error:
+            self.emit(Failed(self.index, -1, error))
+        finally:
+            self.working_since = None
+
+    def _next(self) -> Command:
+        """The next command; what was launched is waited for where there is none yet."""
+        self.working_since = None
+        if self._launched:
+            try:
+                return self.inbox.get_nowait()
+            except queue.Empty:
+                self._settle(0)
+        return self.inbox.get()
+
+    def _do(self, command: Command) -> None:
+        if isinstance(command, Block):
+            return self._block(command)
+        self.working_since = time.monotonic()
+        stage, place = self.stage, command.place
+        try:
+            if isinstance(command, Open | Load):
+                stage.open(place, command.tensors)
+            if isinstance(command, Load):
+                stage.load(place, command.tensors, command.numbers)
+            elif isinstance(command, Sink):
+                stage.prepare_sink(place, command.tensors["reference"])
+            elif isinstance(command, Save):
+                self._settle(0)
+                self.emit(Saved(self.index, command.serial, *stage.save(place)))
+        except Exception as error:
+            self.emit(Failed(self.index, command.serial, error))
+
+    def _block(self, command: Block) -> None:
+        asked = time.perf_counter()
+        self.source.receive(self.stage.parcel)
+        begun, self.working_since = time.perf_counter(), time.monotonic()
+        started, finish = self._event(), None
+        try:
+            finish = self._compute(command)
+        except Exception as error:  # the block goes on along the line, whose order is fixed; nobody takes its result
+            self.emit(Failed(self.index, command.serial, error))
+        computed, ended = self._event(), time.perf_counter()
+        if self.target is not None:
+            self.target.send(self.stage.parcel)
+
+        def tell() -> None:
+            now = time.perf_counter()
+            done, start = (ended, begun) if computed is None or started is None else (
+                now, now - 1e-3 * started.elapsed_time(computed))  # fmt: skip
+            if finish is not None:
+                finish()
+            self.emit(Done(self.index, command.serial, command.block, asked, start, done, time.perf_counter()))
+
+        if computed is None:
+            tell()
+        else:
+            self._launched.append((computed, tell))
+            self._settle(AHEAD)
+
+    def _compute(self, command: Block) -> Callable[[], None] | None:
+        """Launch the stage's work on the parcel; returns what is to be told when it is done."""
+        stage, serial, block = self.stage, command.serial, command.block
+
+        def keep(step: int, latent: Tensor) -> None:
+            self.emit(Stepped(self.index, serial, block, step, latent.clone()))
+
+        stage.denoise(command.place, command, keep if command.keep else None)
+        if stage.last_step and block == 0:
+            self.emit(Clean(self.index, serial, stage.parcel.parts["latent"][:, :1].cpu().clone()))
+        if not stage.plan.decode:
+            return None
+        video = stage.decode(command.place, block)
+        frames = None if video is None else self._to_host(video)
+        return lambda: self.emit(Finished(self.index, serial, block, None if frames is None else frames.numpy().copy()))
+
+    def _to_host(self, video: Tensor) -> Tensor:
+        """A copy in memory that the device writes while it goes on."""
+        if not video.is_cuda:
+            return video
+        self._settle(0)  # the block before it still has the buffer
+        if self._frames is None or len(self._frames) < len(video):
+            self._frames = torch.empty(video.shape, dtype=video.dtype, pin_memory=True)
+        return self._frames[: len(video)].copy_(video, non_blocking=True)
+
+    def _event(self) -> Any:
+        if self.stage.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _settle(self, left: int) -> None:
+        """Wait until no more than `left` launched blocks are under way, and tell of those that are done."""
+        while len(self._launched) > left:
+            event, tell = self._launched.popleft()
+            event.synchronize()
+            tell()

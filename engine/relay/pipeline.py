@@ -1,0 +1,339 @@
+"""The leader of a line of stages: sessions come and go, their blocks are dispatched in turn, results come back.
+
+The stages run in threads of this process or in processes of their own; the leader sees them as somebody who takes
+commands and answers with events. All stages get the same commands in the same order, so blocks need no header. Two
+blocks at most are dispatched that the first stage has not finished, so that a newcomer is not kept waiting.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import math
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from liverelay.engine.errors import InputError, LiveRelayError
+from liverelay.engine.relay.handoff import Link, LocalLink
+from liverelay.engine.relay.loop import StageLoop
+from liverelay.engine.relay.messages import (
+    Block,
+    Clean,
+    Close,
+    Command,
+    Done,
+    Event,
+    Failed,
+    Finished,
+    Load,
+    Open,
+    Save,
+    Saved,
+    Sink,
+    Stop,
+    Tensors,
+)
+from liverelay.engine.relay.plan import Plan
+from liverelay.engine.relay.scheduler import Scheduler
+from liverelay.engine.relay.stage import LineSpec, Stage, check_latents
+
+_open_lines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+DISPATCHED = 2  # blocks: one that the first stage works on, one that waits for it
+Observer = Callable[[Event], None]
+
+
+class Worker(Protocol):
+    """A stage as the leader sees it."""
+
+    def put(self, command: Command) -> None:
+        """Send a command; never waits."""
+
+    def close(self) -> None:
+        """Wait until the stage has ended, after `Stop`."""
+
+
+class LocalWorker:
+    """A stage in a thread of this process."""
+
+    def __init__(self, loop: StageLoop) -> None:
+        self.loop = loop
+        self._thread = threading.Thread(target=loop.run, name=f"stage {loop.stage.plan.name}", daemon=True)
+        self._thread.start()
+
+    def put(self, command: Command) -> None:
+        self.loop.put(command)
+
+    def close(self) -> None:
+        self.loop.source.close()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+
+@dataclass
+class Client:
+    """A session as the leader knows it."""
+
+    place: int
+    serial: int
+    results: dict[int, Future[Any]] = field(default_factory=dict)  # by block
+    parcels: dict[int, tuple[Mapping[str, Tensor], Block]] = field(default_factory=dict)  # wanted, not dispatched
+    held: list[tuple[int, float]] = field(default_factory=list)  # blocks that wait for the new reference
+    reference: Tensor | None = None  # the model's own first latent frame, until a stage has it in its arena
+    saved: dict[int, Saved] = field(default_factory=dict)
+    saving: Future[dict[int, Saved]] | None = None
+    error: BaseException | None = None
+
+
+class Pipeline:
+    """A line of stages of one resolution. Sessions are opened on it, and ask for their blocks.
+
+    workers: the stages; entry: the link into the first; places: sessions at a time; observe: sees every event.
+    """
+
+    def __init__(
+        self, plan: Plan, spec: LineSpec, entry: Link, *, places: int = 1, observe: Observer | None = None
+    ) -> None:
+        self.plan, self.spec, self.entry = plan, spec, entry
+        self.workers: Sequence[Worker] = ()
+        self.scheduler = Scheduler(places)
+        self.error: BaseException | None = None
+        self._observe = observe
+        self._lock = threading.RLock()
+        self._clients: dict[int, Client] = {}
+        self._free = list(range(places))[::-1]
+        self._serials = itertools.count()
+        self._under_way = 0  # dispatched, not finished by the first stage
+        self._shadow_of = -1  # serial of the session whose sink the stages' shadows hold
+        self._abandoned: deque[int] = deque()
+        _open_lines.add(self)
+
+    @property
+    def sessions(self) -> int:
+        """How many are open."""
+        with self._lock:
+            while self._abandoned:
+                self.close_session(self._abandoned.popleft())
+            return len(self._clients)
+
+    @property
+    def depth(self) -> int:
+        """Blocks that one session has to have under way to keep all stages busy."""
+        return len(self.plan.stages) + 1
+
+    # -- sessions --------------------------------------------------------------------------------------------------
+
+    def open(self, tensors: Tensors, *, rate: float = 0.0, state: tuple[Tensors, dict[str, int]] | None = None) -> int:
+        """Begin a session, from the start or from a saved state; returns its serial number.
+
+        tensors: as in messages.Open. rate: blocks that it needs in a second, 0 for a file; state: of `Stage.save` of
+        all stages, with `new_reference` if it is known. InputError when there is no place or no time for it.
+        """
+        check_latents(tensors, self.spec.geometry)
+        with self._lock:
+            self._check()
+            assert self.sessions <= self.scheduler.places  # and those that were abandoned are closed by now
+            try:
+                serial = next(self._serials)
+                self.scheduler.admit(serial, rate)
+            except ValueError as error:
+                raise InputError(f"no session can be opened: {error}") from None
+            client = self._clients[serial] = Client(self._free.pop(), serial)
+            names = (client.place, serial)
+            if state is None:
+                self._tell(Open(*names, tensors))
+            else:
+                self._tell(Load(*names, tensors | state[0], state[1]))
+                client.reference = state[0].get("new_reference")
+            return serial
+
+    def abandon(self, serial: int) -> None:
+        """As `close_session`, some time later; may be called by the garbage collector, in the middle of anything."""
+        self._abandoned.append(serial)
+
+    def close_session(self, serial: int) -> None:
+        """End a session; blocks that were asked for are forgotten."""
+        with self._lock:
+            client = self._clients.pop(serial, None)
+            if client is None:
+                return
+            self.scheduler.remove(serial)
+            if self._shadow_of == serial:
+                self._shadow_of = -1
+            for future in client.results.values():
+                future.cancel()
+            if self.error is None:
+                self._tell(Close(client.place, serial))
+            self._free.append(client.place)
+
+    def request(
+        self, serial: int, block: int, parts: Mapping[str, Tensor], distances: Sequence[int], *,
+        deadline: float = math.inf, keep: bool = False,
+    ) -> Future[Any]:
+        """Ask for a session's next block: its frames, bytes [n, H, W, 3], or with `keep` also latents by step.
+
+        parts: as in a parcel, `latent` being the noise. deadline: when its first frame is due.
+        """
+        with self._lock:
+            client = self._client(serial)
+            future: Future[Any] = Future()
+            client.results[block] = future
+            client.parcels[block] = (parts, Block(client.place, serial, block, tuple(distances), keep))
+            if block >= self.spec.stream.blocks_per_clip and client.reference is None:
+                client.held.append((block, deadline))
+            else:
+                self.scheduler.request(serial, block, deadline)
+            self._dispatch()
+            return future
+
+    def save(self, serial: int) -> Future[dict[int, Saved]]:
+        """A session's state at every stage, after the blocks that were asked for."""
+        with self._lock:
+            client = self._client(serial)
+            client.saved, client.saving = {}, Future()
+            self._tell(Save(client.place, serial))
+            return client.saving
+
+    def reference(self, serial: int) -> Tensor | None:
+        """The session's new reference, once it is known."""
+        with self._lock:
+            return self._client(serial).reference
+
+    def close(self) -> None:
+        """End all stages. Sessions that are still open are lost."""
+        with self._lock:
+            self.error = self.error or LiveRelayError("the engine is closed")
+            for client in self._clients.values():
+                for future in client.results.values():
+                    future.cancel()
+        workers, self.workers = self.workers, ()
+        for worker in workers:
+            worker.put(Stop())
+        for worker in workers:
+            worker.close()
+        self.entry.close()
+
+    # -- dispatch --------------------------------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        """Send what is due, as long as the first stage has room."""
+        while self._under_way < DISPATCHED and (request := self.scheduler.next()) is not None:
+            client = self._clients[request.session]  # type: ignore[index]
+            parts, command = client.parcels.pop(request.block)
+            if request.block == self.spec.stream.blocks_per_clip and self._shadow_of != client.serial:
+                self._prepare_sink(client)  # another session's sink is in the shadow
+            if request.block == self.spec.stream.blocks_per_clip:
+                self._shadow_of = -1
+            self._under_way += 1
+            self._tell(command)
+            self.entry.send(_AsParcel(parts))  # type: ignore[arg-type]
+
+    def _prepare_sink(self, client: Client) -> None:
+        assert client.reference is not None
+        self._shadow_of = client.serial
+        self._tell(Sink(client.place, client.serial, {"reference": client.reference}))
+
+    def _tell(self, command: Command) -> None:
+        for worker in self.workers:
+            worker.put(command)
+
+    def _client(self, serial: int) -> Client:
+        self._check()
+        client = self._clients.get(serial)
+        if client is None:
+            raise LiveRelayError("the session is closed")
+        if client.error is not None:
+            raise client.error
+        return client
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    # -- answers ---------------------------------------------------------------------------------------------------
+
+    def handle(self, event: Event) -> None:
+        """Take a stage's answer; called from any thread."""
+        if self._observe is not None:
+            self._observe(event)
+        with self._lock:
+            if isinstance(event, Done):
+                if event.stage == 0:
+                    self._under_way -= 1
+                    self._dispatch()
+            elif isinstance(event, Failed) and event.serial < 0:
+                self._fail(event)
+            else:
+                client = self._clients.get(event.serial)  # type: ignore[attr-defined]
+                if client is not None:
+                    self._answer(client, event)
+
+    def _answer(self, client: Client, event: Event) -> None:
+        if isinstance(event, Finished):
+            _settle(client.results.pop(event.block, None), event.frames)
+        elif isinstance(event, Clean):
+            client.reference = event.reference
+            if self._shadow_of < 0:
+                self._prepare_sink(client)
+            for block, deadline in client.held:
+                self.scheduler.request(client.serial, block, deadline)
+            client.held.clear()
+            self._dispatch()
+        elif isinstance(event, Saved):
+            client.saved[event.stage] = event
+            if client.saving is not None and len(client.saved) == len(self.workers):
+                _settle(client.saving, client.saved)
+        elif isinstance(event, Failed):
+            client.error = event.error
+            for future in client.results.values():
+                _settle(future, event.error)
+
+    def _fail(self, event: Failed) -> None:
+        """A stage is gone, and the line with it: everybody who waits is told."""
+        if self.error is None:
+            self.error = event.error
+            for client in self._clients.values():
+                for future in [*client.results.values(), *([client.saving] if client.saving else [])]:
+                    _settle(future, event.error)
+
+
+@atexit.register
+def _close_lines() -> None:
+    """Threads that compute while the interpreter ends would take it down."""
+    for line in list(_open_lines):
+        line.close()
+
+
+class _AsParcel:
+    """Parts that are given one by one, sent like a stage's own parcel."""
+
+    def __init__(self, parts: Mapping[str, Tensor]) -> None:
+        self.parts = parts
+
+
+def _settle(future: Future[Any] | None, result: Any) -> None:
+    if future is None or future.done() or not future.set_running_or_notify_cancel():
+        return
+    if isinstance(result, BaseException):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+
+
+def local_pipeline(
+    plan: Plan, spec: LineSpec, stages: Sequence[Stage], *, places: int = 1, observe: Observer | None = None
+) -> Pipeline:
+    """All stages in threads of this process."""
+    links = [LocalLink(stage.spec.parcel_of(stage.plan), stage.device, stage.dtype) for stage in stages]
+    pipeline = Pipeline(plan, spec, links[0], places=places, observe=observe)
+    pipeline.workers = [
+        LocalWorker(StageLoop(i, stage, links[i], links[i + 1] if i + 1 < len(links) else None, pipeline.handle))
+        for i, stage in enumerate(stages)
+    ]
+    return pipeline
