@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from liverelay.engine.config import set_process_defaults
+from liverelay.engine.config import RankEnvironment, leave, set_process_defaults
 from liverelay.engine.errors import InputError, LiveRelayError, OutputError
 from liverelay.engine.version import __version__
 
@@ -24,6 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     # A polite kill ends like Ctrl-C: what is done becomes a playable file.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    status = _run(arguments)
+    if RankEnvironment.read() is not None:
+        leave(status)
+    return status
+
+
+def _run(arguments: argparse.Namespace) -> int:
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
         return command(arguments)
@@ -62,19 +69,34 @@ def _generate(a: argparse.Namespace) -> int:
     from liverelay.engine.engine import Engine
     from liverelay.engine.generate import GenerateOptions, check_outputs, generate, read_inputs
     from liverelay.engine.golden import DTYPES
+    from liverelay.engine.launch import LineOptions, join, lead, make_plan, serve
+    from liverelay.engine.loading import Loader
 
     _set_threads(a.threads)
+    line, ranks = LineOptions(a.device, a.plan, a.transport, a.timeout), RankEnvironment.read()
+    stream = StreamConfig(relative_distance=a.relative_distance)
+    plan = make_plan(line, ranks, stream.steps)
     options = GenerateOptions(
         a.image, a.audio, a.prompt, a.out, size=a.size, max_area=a.max_area[0] * a.max_area[1], seed=a.seed,
         seconds=a.seconds, live=a.live, contact_sheet=a.contact_sheet,
     )
-    check_outputs(options)
-    inputs = read_inputs(options)
-    engine = Engine.load(
-        a.checkpoint, lora=a.lora, device=a.device, dtype=DTYPES[a.dtype] if a.dtype else None, backend=a.backend,
-        fp8=a.fp8, stream=StreamConfig(relative_distance=a.relative_distance), say=_say,
+    leads = ranks is None or ranks.rank == 0
+    if leads:
+        check_outputs(options)
+        inputs = read_inputs(options)
+    loader = Loader.make(
+        a.checkpoint, plan.devices, lora=a.lora, dtype=DTYPES[a.dtype] if a.dtype else None, backend=a.backend,
+        fp8=a.fp8, say=_say if leads else None,
     )
-    result = generate(engine, options, inputs)
+    group = None if ranks is None else join(line, ranks, plan)
+    if group is not None and not leads:
+        serve(loader, group, plan)
+        return 0
+    engine = Engine.assemble(loader, plan, stream) if group is None else lead(loader, group, plan, stream)
+    try:
+        result = generate(engine, options, inputs)
+    finally:
+        engine.close()
     print(result.path)
     return INTERRUPTED if result.interrupted else 0
 
@@ -145,15 +167,26 @@ def _kernels(a: argparse.Namespace) -> int:
 
 
 def _golden(a: argparse.Namespace) -> int:
-    from liverelay.engine.golden import DTYPES, GoldenOptions, run
+    from liverelay.engine.golden import run
     from liverelay.engine.media import check_writable
     from liverelay.engine.models.weights import save_tensors
 
     check_writable(a.out)
-    results = run(a.component, a.folder, GoldenOptions(DTYPES[a.dtype], a.weights, a.backend, a.device))
+    results = run(a.component, a.folder, _golden_options(a))
+    if results is None:  # a rank that does not lead
+        return 0
     save_tensors(a.out, results)
     print(f"{len(results)} tensors -> {a.out}")
     return 0
+
+
+def _golden_options(a: argparse.Namespace) -> Any:
+    from liverelay.engine.golden import DTYPES, GoldenOptions
+    from liverelay.engine.launch import LineOptions
+
+    a.device = a.device or "cpu"
+    line = LineOptions(a.device, a.plan, a.transport, a.timeout)
+    return GoldenOptions(DTYPES[a.dtype], a.weights, a.backend, a.device.split(",")[0], line)
 
 
 def _say(line: str) -> None:
@@ -234,9 +267,25 @@ def _parser() -> argparse.ArgumentParser:
     golden.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     golden.add_argument("--weights", type=Path, metavar="FILE", help="weights instead of those of DIR")
     golden.add_argument("--backend", metavar="NAME", help="kernel backend (torch)")
-    golden.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
+    _add_line(golden, "cpu")
     golden.set_defaults(command=_golden)
     return parser
+
+
+def _add_line(p: argparse.ArgumentParser, default: str) -> None:
+    p.add_argument(
+        "--device", "--devices", dest="device", metavar="NAMES",
+        help=f"cpu, cuda or cuda:N; several with commas between them are a line of stages ({default})",
+    )
+    p.add_argument("--plan", metavar="STAGES", help="what each device does, as in 0+1,2+3,vae (balanced)")
+    p.add_argument(
+        "--transport", choices=("auto", "local", "gloo", "nccl"), default="auto",
+        help="between the processes of torchrun: nccl on GPUs, gloo on CPUs (auto)",
+    )
+    p.add_argument(
+        "--timeout", type=_positive(float, "seconds"), default=10.0, metavar="S",
+        help="give a silent or stuck process up after this time (10)",
+    )
 
 
 def _add_generate(p: argparse.ArgumentParser) -> None:
@@ -258,7 +307,7 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--live", action="store_true", help="hear the sound piece by piece, as a live stream would")
     p.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="also write a picture of frames in time")
     p.add_argument("--lora", metavar="FILE", help="LoRA file, or 'none' (default: looked for beside the checkpoint)")
-    p.add_argument("--device", help="cpu, cuda or cuda:N (a GPU where there is one)")
+    _add_line(p, "a GPU where there is one")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="bfloat16 on a GPU, float32 on a CPU")
     p.add_argument(
         "--fp8", nargs="?", const="products", default=False, choices=("products", "attention", "all"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -166,3 +167,35 @@ class StreamConfig:
     @property
     def block_seconds(self) -> float:
         return self.block_frames / self.fps
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """What torchrun tells each of the processes that it starts."""
+
+    rank: int
+    world: int
+    local_rank: int
+    address: str
+    port: int
+    attempt: int
+
+    @classmethod
+    def read(cls) -> RankEnvironment | None:
+        """None in a process that was started alone."""
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return None
+        try:
+            numbers = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
+            address = os.environ["MASTER_ADDR"]
+        except (KeyError, ValueError) as error:
+            raise InputError(f"WORLD_SIZE is set, but {error} is not as torchrun sets it") from None
+        rank, world, local, port = numbers
+        return cls(rank, world, local, address, port, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+
+
+def leave(status: int) -> None:
+    """End a process of several at once: threads that wait for a lost peer in a library cannot be joined."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from liverelay.engine.checkpoint import CheckpointFiles, find_checkpoint
-from liverelay.engine.config import DEFAULT_MAX_SIZE, StreamConfig
-from liverelay.engine.devices import (
-    check_device,
-    check_fp8,
-    default_device,
-    default_dtype,
-    fp8_parts,
-    use_exact_float32,
-)
+from liverelay.engine.config import DEFAULT_MAX_SIZE, DiTConfig, StreamConfig
 from liverelay.engine.errors import CheckpointError, InputError
+from liverelay.engine.loading import Loader, Say, devices_of
 from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.models.image import as_image, choose_size, prepare_image
 from liverelay.engine.models.text import TextEncoder
 from liverelay.engine.models.vae import VAE
-from liverelay.engine.models.weights import is_quantized, open_pth
-from liverelay.engine.relay.pipeline import Pipeline, local_pipeline
+from liverelay.engine.models.weights import open_pth
+from liverelay.engine.relay.pipeline import Observer, Pipeline, local_pipeline
 from liverelay.engine.relay.plan import Plan, balanced_plan
+from liverelay.engine.relay.ranks import Leader
 from liverelay.engine.relay.stage import LineSpec, Stage
-from liverelay.kernels import dispatch
-from liverelay.kernels.attention_backends import named
 
 if TYPE_CHECKING:
     from liverelay.engine.models.audio_live import LiveAudioConfig
@@ -43,7 +34,6 @@ VAE_STRIDE = 8
 KEPT_LINES = 2
 SESSIONS = 16
 LONGEST_SIDE = 8192
-Say = Callable[[str], None]
 
 
 class Engine:
@@ -51,17 +41,20 @@ class Engine:
 
     Make one with `Engine.load`, open sessions with `open`. Sessions may be used from several threads; `lock` guards
     the encoders. sessions: how many may be open at a time in one resolution; memory is taken when a place is first
-    used. admit_by_rate: refuse a live session that the line has no time for.
+    used. admit_by_rate: refuse a live session that the line has no time for. observe: is told every event of a stage.
     """
 
-    def __init__(self, files: CheckpointFiles, dit: DiT, vae: VAE, audio: AudioEncoder, stream: StreamConfig) -> None:
-        self.files, self.dit, self.vae, self.audio, self.stream = files, dit, vae, audio, stream
+    def __init__(
+        self, loader: Loader, plan: Plan, dits: Mapping[str, DiT], vae: VAE, audio: AudioEncoder, stream: StreamConfig
+    ) -> None:
+        self.loader, self.plan, self.vae, self.audio, self.stream = loader, plan, vae, audio, stream
+        self.dit = dits[plan.stages[0].device]
         self.lock = threading.RLock()
         self.sessions = SESSIONS
         self.admit_by_rate = False
-        self._backend: str | None = None  # a name forces all operators to it
-        self._say: Say = lambda line: None
-        self._plan: Plan | None = None
+        self.observe: Observer | None = None
+        self.leader: Leader | None = None  # where the other stages are processes of their own
+        self._dits = dits
         self._lines: dict[Geometry, Pipeline] = {}
         self._texts: dict[str, Tensor] = {}
 
@@ -71,7 +64,7 @@ class Engine:
         checkpoint: str | Path,
         *,
         lora: str | Path | None = None,
-        device: str | None = None,
+        device: str | Plan | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         fp8: bool | str = False,
@@ -80,52 +73,27 @@ class Engine:
     ) -> Engine:
         """Load a checkpoint in the published layout (see `liverelay.engine.checkpoint`).
 
-        lora: a file, "none", or None to find it. device: "cpu", "cuda", "cuda:1"; None: a GPU where there is one.
+        lora: a file, "none", or None to find it. device: "cpu", "cuda", "cuda:1"; several with commas between them
+        are a line of stages, as is a Plan; None: a GPU where there is one.
         dtype: torch.bfloat16 or torch.float32; None: bfloat16 on a GPU, float32 on a CPU. backend: a kernel
         backend for all operators, or an attention (`liverelay kernels` lists both); None: the fastest.
         fp8: what is in e4m3: "products" (or True), the transformer's large ones; "attention", self-attention with
         arenas of half the size; "all". On a CPU it is only for looking at its error.
         say(line) is told what is being loaded. CheckpointError names a file, key or shape that does not fit.
         """
-        files = find_checkpoint(Path(checkpoint), lora)
-        missing = files.missing()
-        if missing:
-            more = f" (and {len(missing) - 1} more parts; see liverelay inspect)" if len(missing) > 1 else ""
-            raise CheckpointError(f"{missing[0]} is missing{more}")
-        device = check_device(default_device() if device is None else device)
-        try:  # before anything long is read
-            operators = None if named(backend, torch.device(device)) else backend
-            dispatch.choose(operators, torch.device(device))
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        dtype = dtype or default_dtype(device)
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise InputError(f"the engine computes in float32 or bfloat16, not {str(dtype).removeprefix('torch.')}")
-        use_exact_float32(device, dtype)
-        tell = say or (lambda line: None)
-        source, config = files.open_dit(device)
-        merged = f"with the LoRA {files.lora.name}" if files.lora else "without a LoRA"
-        products, fp8_attention = fp8_parts(fp8)
-        if products or fp8_attention or is_quantized(source):
-            check_fp8(device, dtype)
-        tell("loading the transformer " + ("as it was quantised" if is_quantized(source) else merged))
-        dit = DiT.load(
-            source, config, device=device, dtype=dtype, backend=operators, fp8=products, fp8_attention=fp8_attention
-        )
-        if backend != operators:
-            dit.force_attention(backend)
-        tell("loading the VAE")
-        vae = VAE.load(open_pth(files.vae), device=device, dtype=dtype, backend=operators)
-        tell("loading the audio encoder")
-        audio = AudioEncoder.load(files.audio, device=device, dtype=dtype)
-        if (audio.num_states, audio.width) != (config.audio_states, config.audio_dim):
-            raise CheckpointError(
-                f"{files.audio} gives {audio.num_states} states of width {audio.width}, "
-                f"the transformer expects {config.audio_states} of {config.audio_dim}"
-            )
-        engine = cls(files, dit, vae, audio, stream or StreamConfig())
-        engine._backend, engine._say = backend, tell
-        return engine
+        stream = stream or StreamConfig()
+        plan = device if isinstance(device, Plan) else balanced_plan(devices_of(device), stream.steps)
+        loader = Loader.make(checkpoint, plan.devices, lora=lora, dtype=dtype, backend=backend, fp8=fp8, say=say)
+        return cls.assemble(loader, plan, stream)
+
+    @classmethod
+    def assemble(cls, loader: Loader, plan: Plan, stream: StreamConfig, own: int | None = None) -> Engine:
+        """Load what this process needs: models on the devices of all stages, or of its own one and of the encoders."""
+        stages = plan.stages if own is None else plan.stages[own : own + 1]
+        dits = {device: loader.dit(device) for device in dict.fromkeys(s.device for s in stages if s.steps)}
+        first = stages[0].device
+        vae = loader.vae(stages[-1].device)
+        return cls(loader, plan, dits, vae, loader.audio(first, dits[first].config), stream)
 
     def open(
         self,
@@ -153,7 +121,7 @@ class Engine:
         waveform = None if audio is None else as_waveform(audio)
         picture = as_image(image)
         height, width = pick_size(picture.size, size, max_area)
-        pixels = prepare_image(picture, (height, width)).to(self.dit.device, self.dit.dtype)
+        pixels = prepare_image(picture, (height, width)).to(self.vae.device, self.dit.dtype)
         with self.lock:
             text = self.encode_text(prompt)
             # The first chunk of the encoder is the single frame, so the reference is the first motion latent.
@@ -171,28 +139,43 @@ class Engine:
         )
         found = self._lines.pop(geometry, None)
         if found is None or found.error is not None:
-            if not self._lines and self._backend is None:
-                self.dit.choose_attention(geometry, self._say)
+            self._make_room()
+            if not self._lines and self.loader.backend is None:
+                for dit in self._dits.values():
+                    dit.choose_attention(geometry, self.loader.say)
             found = self._make_line(geometry)
         self._lines[geometry] = found  # the latest last
-        idle = [old for old, line in self._lines.items() if line is not found and not line.sessions]
-        for old in idle[: max(0, len(self._lines) - KEPT_LINES)]:  # a line's buffers are some hundred MB at 14B
-            self._lines.pop(old).close()
         return found
 
+    def _make_room(self) -> None:
+        """Close lines without sessions, the oldest first: a line's buffers are some hundred MB at 14B."""
+        kept = 0 if self.leader is not None else KEPT_LINES - 1
+        for old in [old for old, line in self._lines.items() if not line.sessions]:
+            if len(self._lines) > kept:
+                self._lines.pop(old).close()
+        if self.leader is not None and self._lines:
+            raise InputError("stages in other processes hold one resolution at a time; close the sessions of the other")
+
     def _make_line(self, geometry: Geometry) -> Pipeline:
-        config, stream = self.dit.config, self.stream
-        audio = (1, config.audio_states, config.audio_dim, stream.block_frames)
-        spec = LineSpec.make(geometry, stream, audio, channels=config.in_channels)
-        steps = len(spec.schedule.timesteps)
-        plan = self._plan or balanced_plan([str(self.dit.device)], steps)
-        stages = [Stage(part, spec, self.dit, self.vae, self.dit.dtype) for part in plan.stages]
-        return local_pipeline(plan, spec, stages, places=self.sessions)
+        config, stream, plan = self.dit.config, self.stream, self.plan
+        spec = LineSpec.make(geometry, stream, audio_shape(config, stream), channels=config.in_channels)
+        if self.leader is not None:
+            first = Stage(plan.stages[0], spec, self.dit, self.vae, self.loader.dtype)
+            return self.leader.build(spec, first, places=self.sessions, observe=self.observe)
+        stages = [Stage(part, spec, self._dits.get(part.device), self.vae, self.loader.dtype) for part in plan.stages]
+        return local_pipeline(plan, spec, stages, places=self.sessions, observe=self.observe)
 
     def close(self) -> None:
         """End the stages of all resolutions; open sessions are lost."""
         while self._lines:
             self._lines.popitem()[1].close()
+        if self.leader is not None:
+            self.leader.close()
+
+    def after_interrupt(self) -> None:
+        """StageLost when the interrupt came because another process of the line has died."""
+        if self.leader is not None:
+            self.leader.last_words()
 
     def encode_text(self, prompt: str) -> Tensor:
         """A prompt's states [n, text_dim]; the text encoder (11 GB) is in memory only meanwhile."""
@@ -202,16 +185,21 @@ class Engine:
         return self._texts[prompt]
 
     def _text_states(self, prompt: str) -> Tensor:
-        config, dit, weights = self.dit.config, self.dit, open_pth(self.files.text)
+        config, dit, weights = self.dit.config, self.dit, open_pth(self.loader.files.text)
         encoder = TextEncoder.load(
-            weights, self.files.tokenizer, device=dit.device, dtype=dit.dtype, text_len=config.text_len
+            weights, self.loader.files.tokenizer, device=dit.device, dtype=dit.dtype, text_len=config.text_len
         )
         states = encoder.encode(prompt)
         if states.shape[1] != config.text_dim:
             raise CheckpointError(
-                f"{self.files.text} has width {states.shape[1]}, the transformer expects {config.text_dim}"
+                f"{self.loader.files.text} has width {states.shape[1]}, the transformer expects {config.text_dim}"
             )
         return states
+
+
+def audio_shape(config: DiTConfig, stream: StreamConfig) -> tuple[int, int, int, int]:
+    """Of the features that a block is given: one speaker, states, width, video frames."""
+    return 1, config.audio_states, config.audio_dim, stream.block_frames
 
 
 def pick_size(picture: tuple[int, int], size: tuple[int, int] | None, max_area: int) -> tuple[int, int]:

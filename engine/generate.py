@@ -13,6 +13,7 @@ from liverelay.engine.media import ContactSheet, VideoWriter, check_writable, co
 from liverelay.engine.models.audio import SAMPLE_RATE, read_audio, resample
 from liverelay.engine.models.image import as_image, prepare_image
 from liverelay.engine.progress import Progress, uninterrupted
+from liverelay.engine.relay.ranks import StageLost
 from liverelay.engine.session import Chunk, Samples, Session
 
 LIVE_PIECE_S = 0.1
@@ -79,7 +80,7 @@ def read_inputs(options: GenerateOptions) -> Inputs:
 
 
 def generate(engine: Engine, options: GenerateOptions, inputs: Inputs | None = None) -> GenerateResult:
-    """Write the video with its sound; on KeyboardInterrupt what is done becomes a playable file.
+    """Write the video with its sound; on KeyboardInterrupt, or StageLost, what is done becomes a playable file.
 
     The sound file's own samples go into the video; the model hears them at 16 kHz. `seconds` cuts the sound first.
     A video that has the name already is replaced by a finished one only: one that was cut short gets another name.
@@ -97,7 +98,7 @@ def generate(engine: Engine, options: GenerateOptions, inputs: Inputs | None = N
     progress = Progress(total, fps)
     writer = VideoWriter(options.out, fps=fps, size=session.size, audio_rate=rate, audio_channels=sound.shape[1])
     sheet = ContactSheet(fps)
-    interrupted = False
+    interrupted, lost = False, None
     try:
         for chunk in _chunks(session, waveform, live=options.live):
             start, end = (frame * rate // fps for frame in (chunk.first_frame, chunk.first_frame + len(chunk.frames)))
@@ -107,22 +108,31 @@ def generate(engine: Engine, options: GenerateOptions, inputs: Inputs | None = N
             progress.update(chunk.block + 1, writer.frames)
     except KeyboardInterrupt:
         interrupted = True
+        try:
+            engine.after_interrupt()
+        except StageLost as error:
+            lost = error
+    except StageLost as error:
+        lost = error
     except BaseException:
         writer.abort()
         raise
     progress.finish()
     if not writer.frames:
         writer.abort()
-        raise KeyboardInterrupt
+        raise lost or KeyboardInterrupt
+    short = interrupted or lost is not None
 
     def named(path: Path) -> Path:
-        return path.with_name(f"{path.stem}.interrupted{path.suffix}") if interrupted and path in older else path
+        return path.with_name(f"{path.stem}.interrupted{path.suffix}") if short and path in older else path
 
     name = named(options.out)
     with uninterrupted():
         writer.close(name)
         if options.contact_sheet is not None:
             sheet.save(named(options.contact_sheet))
+    if lost is not None:
+        raise StageLost(f"{lost}; the {writer.frames} frames that were done are in {name}")
     return GenerateResult(name, writer.frames, interrupted)
 
 

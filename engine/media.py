@@ -99,7 +99,9 @@ class VideoWriter:
             self._file = av.open(str(self._part), "w", format=container, options=options)
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-        self._video = self._file.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": preset})
+        # Without macroblock-tree rate control, whose result is not the same in every run of equal frames.
+        coding = {"crf": str(crf), "preset": preset, "x264-params": "mbtree=0"}
+        self._video = self._file.add_stream("libx264", rate=fps, options=coding)
         self._video.width, self._video.height, self._video.pix_fmt = *size, "yuv420p"
         self._tick = Fraction(1, fps)
         self._channels, self._layout = (1, "mono") if audio_channels == 1 else (2, "stereo")

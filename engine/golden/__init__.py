@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from liverelay.engine.devices import check_device, use_exact_float32
 from liverelay.engine.errors import InputError, LiveRelayError
+from liverelay.engine.launch import LineOptions
 
 COMPONENTS = ("dit", "tpp", "lora", "vae", "audio", "text", "image")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -25,12 +26,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class GoldenOptions:
-    """What the command line chose: working dtype, another weights file (or None), kernel backend (or None: default)."""
+    """What the command line chose: working dtype, another weights file (or None), kernel backend (or None: default).
+
+    line: of `tpp`, which may run on several devices or processes (None: on `device`).
+    """
 
     dtype: torch.dtype = torch.float32
     weights: Path | None = None
     backend: str | None = None
     device: str = "cpu"
+    line: LineOptions | None = None
 
 
 def read_json(path: Path) -> Any:
@@ -60,8 +65,8 @@ def given(mapping: dict[str, Any], key: str, where: Path) -> Any:
     return mapping[key]
 
 
-def run(component: str, folder: Path, options: GoldenOptions) -> dict[str, torch.Tensor]:
-    """Named results of one component on the given files of `folder`.
+def run(component: str, folder: Path, options: GoldenOptions) -> dict[str, torch.Tensor] | None:
+    """Named results of one component on the given files of `folder`; None in a process that does not lead.
 
     Each component is `run(folder, options)` in the module of its name, imported only when asked for.
     """
@@ -72,7 +77,7 @@ def run(component: str, folder: Path, options: GoldenOptions) -> dict[str, torch
     use_exact_float32(check_device(options.device), options.dtype)
     module = importlib.import_module(f"liverelay.engine.golden.{component}")
     try:
-        results: dict[str, torch.Tensor] = module.run(folder, options)
+        results: dict[str, torch.Tensor] | None = module.run(folder, options)
     except (LiveRelayError, torch.OutOfMemoryError):
         raise
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
@@ -81,6 +86,6 @@ def run(component: str, folder: Path, options: GoldenOptions) -> dict[str, torch
         # Values and shapes of the given files have no schema: what does not fit shows where it is used.
         line = (str(error).strip() or repr(error)).splitlines()[0]
         raise InputError(f"{component} cannot be computed from the files of {folder}: {line}") from error
-    if not results:
+    if results is not None and not results:
         raise InputError(f"the files of {folder} ask for nothing")
     return results

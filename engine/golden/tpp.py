@@ -5,21 +5,26 @@ Given: meta.json, inputs.safetensors, the DiT's weights. Results: latent.{clip}.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from liverelay.engine.config import StreamConfig
+from liverelay.engine.config import RankEnvironment, StreamConfig
+from liverelay.engine.errors import InputError
 from liverelay.engine.golden import GoldenOptions, given, read_json, read_tensors
 from liverelay.engine.golden.dit import load_dit, read_geometry, unbatched
+from liverelay.engine.launch import LineOptions, join, make_plan
+from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.sampler import Schedule
 from liverelay.engine.relay.messages import Event, Stepped
-from liverelay.engine.relay.pipeline import local_pipeline
-from liverelay.engine.relay.plan import balanced_plan
+from liverelay.engine.relay.pipeline import Observer, Pipeline, local_pipeline
+from liverelay.engine.relay.ranks import Leader, RankServer
 from liverelay.engine.relay.stage import LineSpec, Stage
 
 
-def run(folder: Path, options: GoldenOptions) -> dict[str, Tensor]:
+def run(folder: Path, options: GoldenOptions) -> dict[str, Tensor] | None:
     where, inputs_file = folder / "meta.json", folder / "inputs.safetensors"
     meta, inputs = read_json(where), read_tensors(inputs_file)
     dit = load_dit(given(meta, "config", where), options.weights or folder / given(meta, "weights", where), options)
@@ -34,7 +39,6 @@ def run(folder: Path, options: GoldenOptions) -> dict[str, Tensor]:
         given_tensors[name] = unbatched(inputs, key, 4, inputs_file)
     sound = (*audio.shape[:-1], stream.block_frames)
     spec = LineSpec.make(geometry, stream, sound, schedule=schedule, pose=True, channels=dit.config.in_channels)
-    plan = balanced_plan([str(dit.device)], len(schedule.timesteps))
     results: dict[str, Tensor] = {}
 
     def keep(event: Event) -> None:
@@ -42,8 +46,10 @@ def run(folder: Path, options: GoldenOptions) -> dict[str, Tensor]:
             clip, block = divmod(event.block, per_clip)
             results[f"latent.{clip}.{block}.{event.step}"] = event.latent
 
-    stages = [Stage(part, spec, dit, None, dit.dtype) for part in plan.stages]
-    line = local_pipeline(plan, spec, stages, observe=keep)
+    made = make_line(dit, spec, options, keep)
+    if made is None:
+        return None
+    line, end = made
     try:
         serial, blocks = line.open(given_tensors), []
         for clip in range(int(given(meta, "clips", where))):
@@ -59,7 +65,28 @@ def run(folder: Path, options: GoldenOptions) -> dict[str, Tensor]:
             future.result()
         reference = line.reference(serial)
     finally:
-        line.close()
+        end()
     if reference is not None:
         results["new_ref"] = reference.unsqueeze(0)
     return results
+
+
+def make_line(
+    dit: DiT, spec: LineSpec, options: GoldenOptions, observe: Observer
+) -> tuple[Pipeline, Callable[[], None]] | None:
+    """Stages in this process or over several, and what ends them; None where this one has served."""
+    ranks, asked = RankEnvironment.read(), options.line or LineOptions(options.device)
+    plan = make_plan(asked, ranks, len(spec.schedule.timesteps))
+    if any(torch.device(device) != dit.device for device in plan.devices):
+        raise InputError(f"given tensors are computed on one device; give {dit.device} as often as there are stages")
+    if ranks is None:
+        stages = [Stage(part, spec, dit, None, dit.dtype) for part in plan.stages]
+        line = local_pipeline(plan, spec, stages, observe=observe)
+        return line, line.close
+    group = join(asked, ranks, plan)
+    if ranks.rank:
+        RankServer(group, plan, lambda spec: Stage(plan.stages[ranks.rank], spec, dit, None, dit.dtype)).run()
+        return None
+    leader = Leader(group, plan)
+    built = leader.build(spec, Stage(plan.stages[0], spec, dit, None, dit.dtype), places=1, observe=observe)
+    return built, leader.close

@@ -37,6 +37,7 @@ from liverelay.engine.relay.messages import (
     Save,
     Saved,
     Sink,
+    Stepped,
     Stop,
     Tensors,
 )
@@ -45,6 +46,7 @@ from liverelay.engine.relay.scheduler import Scheduler
 from liverelay.engine.relay.stage import LineSpec, Stage, check_latents
 
 _open_lines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+STUCK_S = 1.0  # that a stage of a broken line is waited for
 DISPATCHED = 2  # blocks: one that the first stage works on, one that waits for it
 Observer = Callable[[Event], None]
 
@@ -55,25 +57,34 @@ class Worker(Protocol):
     def put(self, command: Command) -> None:
         """Send a command; never waits."""
 
-    def close(self) -> None:
-        """Wait until the stage has ended, after `Stop`."""
+    def close(self, *, broken: bool) -> None:
+        """Wait until the stage has ended, after `Stop`; broken: it may be stuck, do not wait for long."""
 
 
 class LocalWorker:
-    """A stage in a thread of this process."""
+    """A stage in a thread of this process.
 
-    def __init__(self, loop: StageLoop) -> None:
-        self.loop = loop
+    remote: its links to other processes, over which all blocks that were dispatched must have gone before they are
+    closed; without them a stage that ends drops what is still on the line.
+    """
+
+    def __init__(self, loop: StageLoop, remote: Sequence[Link] = ()) -> None:
+        self.loop, self._remote = loop, remote
         self._thread = threading.Thread(target=loop.run, name=f"stage {loop.stage.plan.name}", daemon=True)
         self._thread.start()
 
     def put(self, command: Command) -> None:
         self.loop.put(command)
 
-    def close(self) -> None:
-        self.loop.source.close()
+    def close(self, *, broken: bool) -> None:
+        links = [self.loop.source, *self._remote]
+        if broken or not self._remote:
+            for link in links:
+                link.close()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(STUCK_S if broken else None)
+        for link in links:
+            link.close()
 
 
 @dataclass
@@ -84,6 +95,9 @@ class Client:
     serial: int
     results: dict[int, Future[Any]] = field(default_factory=dict)  # by block
     parcels: dict[int, tuple[Mapping[str, Tensor], Block]] = field(default_factory=dict)  # wanted, not dispatched
+    finished: dict[int, Any] = field(default_factory=dict)  # frames of blocks that still lack an answer
+    kept: set[int] = field(default_factory=set)  # blocks whose latents after each step were asked for
+    steps: dict[int, int] = field(default_factory=dict)  # how many of them have come
     held: list[tuple[int, float]] = field(default_factory=list)  # blocks that wait for the new reference
     reference: Tensor | None = None  # the model's own first latent frame, until a stage has it in its arena
     saved: dict[int, Saved] = field(default_factory=dict)
@@ -184,6 +198,8 @@ class Pipeline:
             client = self._client(serial)
             future: Future[Any] = Future()
             client.results[block] = future
+            if keep:
+                client.kept.add(block)
             client.parcels[block] = (parts, Block(client.place, serial, block, tuple(distances), keep))
             if block >= self.spec.stream.blocks_per_clip and client.reference is None:
                 client.held.append((block, deadline))
@@ -208,6 +224,7 @@ class Pipeline:
     def close(self) -> None:
         """End all stages. Sessions that are still open are lost."""
         with self._lock:
+            broken = self.error is not None
             self.error = self.error or LiveRelayError("the engine is closed")
             for client in self._clients.values():
                 for future in client.results.values():
@@ -216,7 +233,7 @@ class Pipeline:
         for worker in workers:
             worker.put(Stop())
         for worker in workers:
-            worker.close()
+            worker.close(broken=broken)
         self.entry.close()
 
     # -- dispatch --------------------------------------------------------------------------------------------------
@@ -276,9 +293,14 @@ class Pipeline:
 
     def _answer(self, client: Client, event: Event) -> None:
         if isinstance(event, Finished):
-            _settle(client.results.pop(event.block, None), event.frames)
+            client.finished[event.block] = event.frames
+            self._complete(client, event.block)
+        elif isinstance(event, Stepped):
+            client.steps[event.block] = client.steps.get(event.block, 0) + 1
+            self._complete(client, event.block)
         elif isinstance(event, Clean):
             client.reference = event.reference
+            self._complete(client, 0)
             if self._shadow_of < 0:
                 self._prepare_sink(client)
             for block, deadline in client.held:
@@ -293,6 +315,15 @@ class Pipeline:
             client.error = event.error
             for future in client.results.values():
                 _settle(future, event.error)
+
+    def _complete(self, client: Client, block: int) -> None:
+        """Settle a block when all its answers are there: they come from several stages, in any order."""
+        lacks_steps = block in client.kept and client.steps.get(block, 0) < self.plan.steps
+        if block not in client.finished or lacks_steps or (block == 0 and client.reference is None):
+            return
+        client.kept.discard(block)
+        client.steps.pop(block, None)
+        _settle(client.results.pop(block, None), client.finished.pop(block))
 
     def _fail(self, event: Failed) -> None:
         """A stage is gone, and the line with it: everybody who waits is told."""
