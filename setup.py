@@ -23,6 +23,7 @@ README = ROOT / "README.md"
 CORE = ["torch>=2.9", "numpy>=1.26", "safetensors>=0.5", "transformers>=5.0"]
 EXTRAS = {
     "audio": ["soundfile>=0.13", "soxr>=0.5"],
+    "view": ["rich>=13", "nvidia-ml-py>=12"],
     "text": ["ftfy>=6.1", "regex", "sentencepiece", "tokenizers"],
     "media": ["av>=13", "Pillow>=10"],
     "triton": ['triton>=3.4; platform_system == "Linux"'],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -71,6 +72,7 @@ def _generate(a: argparse.Namespace) -> int:
     from liverelay.engine.golden import DTYPES
     from liverelay.engine.launch import LineOptions, join, lead, make_plan, serve
     from liverelay.engine.loading import Loader
+    from liverelay.engine.telemetry import watched
 
     _set_threads(a.threads)
     line, ranks = LineOptions(a.device, a.plan, a.transport, a.timeout), RankEnvironment.read()
@@ -93,10 +95,8 @@ def _generate(a: argparse.Namespace) -> int:
         serve(loader, group, plan)
         return 0
     engine = Engine.assemble(loader, plan, stream) if group is None else lead(loader, group, plan, stream)
-    try:
+    with watched(engine, a.telemetry, a.trace, a.view), contextlib.closing(engine):
         result = generate(engine, options, inputs)
-    finally:
-        engine.close()
     print(result.path)
     return INTERRUPTED if result.interrupted else 0
 
@@ -320,4 +320,7 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
         "--relative-distance", type=int, metavar="N",
         help="constant distance of the rolling sink, in latent frames (drawn from 4..30 as published)",
     )
+    p.add_argument("--telemetry", type=Path, metavar="FILE.jsonl", help="a line of JSON for each block and stage")
+    p.add_argument("--trace", type=Path, metavar="FILE.json", help="the stages' timeline, in Chrome's trace format")
+    p.add_argument("--view", action="store_true", help="show the stages' figures while they work")
     p.set_defaults(command=_generate)

@@ -21,7 +21,7 @@ ENVIRONMENT = {"engine/config.py"}  # the only files that may read the environme
 # A module of the engine imports only from rows above its own. A new module gets its place here.
 LAYERS = (
     "errors version progress models.sampler models relay relay.scheduler",
-    "config devices relay.plan native media models.geometry models.lora models.image models.vae_config telemetry",
+    "config devices relay.plan native media models.geometry models.lora models.image models.vae_config",
     "cache models.weights models.vae_layers models.workspace",
     "checkpoint models.layers models.audio models.text models.vae",
     "models.dit models.audio_live",
@@ -31,7 +31,7 @@ LAYERS = (
     "relay.pipeline relay.remote loading",
     "relay.group",
     "relay.ranks",
-    "session",
+    "session telemetry",
     "engine",
     "make_checkpoint generate launch quantize",
     "golden",
