@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ from liverelay.engine.relay.pipeline import Observer, Pipeline, local_pipeline
 from liverelay.engine.relay.plan import Plan, balanced_plan
 from liverelay.engine.relay.ranks import Leader
 from liverelay.engine.relay.stage import LineSpec, Stage
+from liverelay.engine.snapshot import Snapshot, model_id
 
 if TYPE_CHECKING:
     from liverelay.engine.models.audio_live import LiveAudioConfig
@@ -114,7 +117,8 @@ class Engine:
         size: (width, height) in pixels, multiples of 64; None: the published rule under `max_area` pixels.
         seed and session_id key all randomness. InputError for a picture, sound or size that cannot be used.
         """
-        from liverelay.engine.session import Session, as_waveform
+        from liverelay.engine.models.audio_live import LiveAudio
+        from liverelay.engine.session import Session, WholeFile, as_waveform
 
         if type(seed) is not int or type(session_id) is not int or not isinstance(prompt, str):
             raise InputError("seed and session_id must be whole numbers, the prompt a text")
@@ -128,9 +132,32 @@ class Engine:
             motion = self.vae.encode(pixels.unsqueeze(1).expand(-1, self.stream.motion_pixel_frames, -1, -1))
             line = self.line(height // VAE_STRIDE, width // VAE_STRIDE)
             given = {"text": text, "reference": motion[:, :1].clone(), "motion": motion}
-            rate = 1 / self.stream.block_seconds if waveform is None and self.admit_by_rate else 0.0
-            serial = line.open(given, rate=rate)
-            return Session(self, line, serial, waveform=waveform, seed=seed, session_id=session_id, live=live)
+            fps = self.stream.fps
+            track = LiveAudio(self.audio, live) if waveform is None else WholeFile(self.audio, waveform, fps)
+            serial = line.open(given, rate=self.rate(live=waveform is None))
+            return Session(self, line, serial, track, given, seed=seed, session_id=session_id)
+
+    def resume(self, snapshot: Snapshot | str | Path) -> Session:
+        """Go on with a session from `Session.snapshot`, or from its file, bit for bit, whatever the plan is here.
+
+        InputError where the snapshot is of another model, precision or stream configuration, or cannot be read.
+        """
+        from liverelay.engine.session import resume
+
+        snapshot = snapshot if isinstance(snapshot, Snapshot) else Snapshot.load(snapshot)
+        snapshot.check("model", self.model_id)
+        snapshot.check("stream", asdict(self.stream))
+        with self.lock:
+            return resume(self, snapshot)
+
+    @functools.cached_property
+    def model_id(self) -> str:
+        """Names checkpoint and precision, for snapshots."""
+        return model_id(self.dit)
+
+    def rate(self, *, live: bool) -> float:
+        """Blocks that a session needs in a second; 0 where it is not held to that."""
+        return 1 / self.stream.block_seconds if live and self.admit_by_rate else 0.0
 
     def line(self, latent_h: int, latent_w: int) -> Pipeline:
         """The pipeline of one resolution, made when first asked for."""

@@ -8,7 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,9 +19,11 @@ from torch import Tensor
 
 from liverelay.engine.errors import InputError, LiveRelayError
 from liverelay.engine.models.audio import SAMPLE_RATE, AudioEncoder, as_samples, load_waveform
-from liverelay.engine.models.audio_live import LiveAudio, LiveAudioConfig
+from liverelay.engine.models.audio_live import LiveAudio
 from liverelay.engine.models.sampler import block_noise, relative_distance
+from liverelay.engine.relay.messages import Tensors
 from liverelay.engine.relay.pipeline import Pipeline
+from liverelay.engine.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from liverelay.engine.engine import Engine
@@ -59,6 +61,9 @@ class AudioTrack(Protocol):
     def samples(self, frame_start: int, frame_end: int) -> Samples:
         """The sound of these frames at 16 kHz, silence where there is none."""
 
+    def state(self) -> tuple[Samples, dict[str, Any]]:
+        """The sound that is needed to go on, and the numbers beside it."""
+
 
 class WholeFile:
     """The published way: the whole sound is encoded before the first block (spec vae_audio_text.md 4.1 to 4.5)."""
@@ -83,6 +88,9 @@ class WholeFile:
         found = self._waveform[frame_start * self._frame_samples : frame_end * self._frame_samples]
         return np.pad(found, (0, (frame_end - frame_start) * self._frame_samples - len(found)))
 
+    def state(self) -> tuple[Samples, dict[str, Any]]:
+        return self._waveform, {}
+
 
 @dataclass(frozen=True)
 class _Wanted:
@@ -106,20 +114,15 @@ class Session:
     """
 
     def __init__(
-        self, engine: Engine, line: Pipeline, serial: int, *, waveform: Samples | None, seed: int = 0,
-        session_id: int = 0, live: LiveAudioConfig | None = None,
+        self, engine: Engine, line: Pipeline, serial: int, track: AudioTrack, given: Tensors, *, seed: int = 0,
+        session_id: int = 0,
     ) -> None:
         self.engine, self.line, self.seed, self.session_id = engine, line, seed, session_id
         self._serial: int | None = serial
         self._release = weakref.finalize(self, line.abandon, serial)
         self._broken = False
-        self._track: AudioTrack
-        self._live: LiveAudio | None = None
-        if waveform is None:
-            self._live = LiveAudio(engine.audio, live or LiveAudioConfig())
-            self._track = self._live
-        else:
-            self._track = WholeFile(engine.audio, waveform, engine.stream.fps)
+        self._track, self._given = track, given  # given: what the line was opened with
+        self._live = track if isinstance(track, LiveAudio) else None
         self._wanted: deque[_Wanted] = deque()  # blocks asked for, in order
         self._next = 0  # the block that is asked for next
         self._epoch: float | None = None  # when a live session's first frame was due
@@ -220,11 +223,7 @@ class Session:
     def _take_block(self, idle: bool) -> Chunk:
         """Wait for the first of the blocks that were asked for. An interrupt leaves it there."""
         wanted = self._wanted[0]
-        try:
-            frames = wanted.future.result()
-        except (Exception, CancelledError):
-            self._broken = True  # its caches stopped half-way
-            raise
+        frames = self._frames_of(wanted)
         self._wanted.popleft()
         first, count = self._frames_before(wanted.block), len(frames)
         total = None if idle else self._track.total_frames()
@@ -232,6 +231,49 @@ class Session:
             count = min(count, total - first)
         sound = wanted.sound[: count * SAMPLE_RATE // self.engine.stream.fps]
         return Chunk(wanted.block, first, frames[:count], sound, time.perf_counter() - wanted.asked)
+
+    def _frames_of(self, wanted: _Wanted) -> Any:
+        try:
+            return wanted.future.result()
+        except (Exception, CancelledError):
+            self._broken = True  # its caches stopped half-way
+            raise
+
+    def snapshot(self) -> Snapshot:
+        """The session as it is after the last chunk that `frames` gave; `Engine.resume` goes on from there.
+
+        Waits for the blocks that are under way; they are in it. The session itself goes on as if nothing had been.
+        """
+        self._check_open()
+        frames = {wanted.block: self._frames_of(wanted) for wanted in self._wanted}
+        saved = self.line.save(self._open_serial()).result()
+        kind, (sound, numbers) = "live" if self._live else "file", self._track.state()
+        tensors = {f"given.{name}": tensor for name, tensor in self._given.items()} | {"track.sound": _tensor(sound)}
+        for part in saved.values():
+            tensors |= {f"stage.{name}": tensor for name, tensor in part.tensors.items()}
+        reference = self.line.reference(self._open_serial())
+        if reference is not None:
+            tensors["stage.new_reference"] = reference
+        for wanted in self._wanted:
+            tensors[f"frames.{wanted.block}"] = _tensor(frames[wanted.block])
+            tensors[f"sound.{wanted.block}"] = _tensor(wanted.sound)
+        geometry = self.line.spec.geometry
+        facts = {
+            "model": self.engine.model_id, "stream": asdict(self.engine.stream), "seed": self.seed,
+            "session_id": self.session_id, "next": self._next, "latent": [geometry.latent_h, geometry.latent_w],
+            "numbers": {name: number for part in saved.values() for name, number in part.numbers.items()},
+            "track": {"kind": kind, **numbers},
+        }  # fmt: skip
+        return Snapshot({name: tensor.detach().cpu() for name, tensor in tensors.items()}, facts)
+
+    def _restore(self, snapshot: Snapshot) -> Session:
+        """Take the place in the stream, and the blocks that were done but not given out yet."""
+        self._next, sound = snapshot.facts["next"], snapshot.part("sound")
+        for block, frames in sorted((int(name), tensor) for name, tensor in snapshot.part("frames").items()):
+            future: Future[Any] = Future()
+            future.set_result(frames.numpy())
+            self._wanted.append(_Wanted(block, time.perf_counter(), sound[str(block)].numpy(), future))
+        return self
 
     def _distance(self, block: int, step: int) -> int:
         constant = self.engine.stream.relative_distance
@@ -261,6 +303,21 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def resume(engine: Engine, snapshot: Snapshot) -> Session:
+    """Go on with a session on a line of its size; see `Engine.resume`."""
+    numbers, track = snapshot.facts["numbers"], dict(snapshot.facts["track"])
+    live, sound = track.pop("kind") == "live", snapshot.tensors["track.sound"].numpy()
+    heard = LiveAudio.restore(engine.audio, sound, track) if live else WholeFile(engine.audio, sound, engine.stream.fps)
+    given, line = snapshot.part("given"), engine.line(*snapshot.facts["latent"])
+    serial = line.open(given, rate=engine.rate(live=live), state=(snapshot.part("stage"), numbers))
+    keys = {name: snapshot.facts[name] for name in ("seed", "session_id")}
+    return Session(engine, line, serial, heard, given, **keys)._restore(snapshot)
+
+
+def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def as_waveform(audio: Any) -> Samples:

@@ -25,7 +25,7 @@ LAYERS = (
     "cache models.weights models.vae_layers models.workspace",
     "checkpoint models.layers models.audio models.text models.vae",
     "models.dit models.audio_live",
-    "inspection relay.messages relay.handoff relay.graph",
+    "inspection snapshot relay.messages relay.handoff relay.graph",
     "relay.stage",
     "relay.loop",
     "relay.pipeline relay.remote loading",

@@ -10,7 +10,8 @@ A block's features depend only on the sound up to its window's end, so they are 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,33 @@ class LiveAudio:
             due = self._run_start + -(-self._run_pushed * SAMPLE_RATE // self._rate)
             self._append(np.zeros(max(0, due - self._end), dtype=np.float32))  # it may end one sample early
         self._resampler, self._run_start, self._run_pushed = None, self._end, 0
+
+    # -- snapshots -------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[Samples, dict[str, Any]]:
+        """The sound that is kept, and the numbers beside it.
+
+        A resampler cannot be saved: here, too, it is ended and a new one goes on in time, so that this session and one
+        that is restored hear the same. At 16 kHz there is none.
+        """
+        with self._lock:
+            if self._resampler is not None and self._rate is not None:
+                self._append(self._resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
+                due = max(self._statistics.heard, self._run_start + self._run_pushed * SAMPLE_RATE // self._rate)
+                self._buffer = self._cut(self._buffer_start, due)
+                self._resampler = None
+            names = ("_rate", "_run_start", "_run_pushed", "_buffer_start", "_finished")
+            numbers = {name.strip("_"): getattr(self, name) for name in names}
+            return self._buffer.copy(), {**numbers, "heard": asdict(self._statistics), "window": asdict(self._config)}
+
+    @classmethod
+    def restore(cls, encoder: AudioEncoder, sound: Samples, numbers: Mapping[str, Any]) -> LiveAudio:
+        """From a `state`."""
+        live = cls(encoder, LiveAudioConfig(**numbers["window"]))
+        live._buffer, live._statistics = sound.copy(), _Statistics(**numbers["heard"])
+        for name in ("rate", "run_start", "run_pushed", "buffer_start", "finished"):
+            setattr(live, f"_{name}", numbers[name])
+        return live
 
     # -- features out ----------------------------------------------------------------------------------------------
 

@@ -87,11 +87,12 @@ def open_pth(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file aside and rename it, readable by whom the user's umask says. OutputError in one line."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part, metadata={"format": "pt"})
+        flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(flat, part, metadata={"format": "pt", **(metadata or {})})
         umask = os.umask(0)
         os.umask(umask)
         part.chmod(0o666 & ~umask)

@@ -209,9 +209,11 @@ class Pipeline:
             return future
 
     def save(self, serial: int) -> Future[dict[int, Saved]]:
-        """A session's state at every stage, after the blocks that were asked for."""
+        """A session's state at every stage, by the stage's number. Its blocks that were asked for must have come."""
         with self._lock:
             client = self._client(serial)
+            if client.results:
+                raise LiveRelayError("a session cannot be saved while blocks of it are under way")
             client.saved, client.saving = {}, Future()
             self._tell(Save(client.place, serial))
             return client.saving
@@ -313,7 +315,7 @@ class Pipeline:
                 _settle(client.saving, client.saved)
         elif isinstance(event, Failed):
             client.error = event.error
-            for future in client.results.values():
+            for future in [*client.results.values(), client.saving]:
                 _settle(future, event.error)
 
     def _complete(self, client: Client, block: int) -> None:
@@ -330,7 +332,7 @@ class Pipeline:
         if self.error is None:
             self.error = event.error
             for client in self._clients.values():
-                for future in [*client.results.values(), *([client.saving] if client.saving else [])]:
+                for future in [*client.results.values(), client.saving]:
                     _settle(future, event.error)
 
 
