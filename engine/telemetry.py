@@ -62,7 +62,7 @@ class _Window:
 
     def __init__(self) -> None:
         self.done: deque[Done] = deque(maxlen=LAST_BLOCKS)
-        self.handoffs: deque[float] = deque(maxlen=LAST_BLOCKS)  # seconds from one stage's end to the next one's start
+        self.handoffs: deque[float] = deque(maxlen=LAST_BLOCKS)  # seconds of waiting for a block that was on its way
         self.queued: deque[int] = deque(maxlen=LAST_BLOCKS)  # blocks between the two at that time
         self.blocks = 0
 
@@ -109,12 +109,15 @@ class Telemetry:
         window.done.append(done)
         window.blocks += 1
         before = self._ends.pop((done.stage - 1, done.serial, done.block), None)
-        handoff = 0.0 if before is None else max(0.0, done.begun - before)
+        # What the stage waited for a block that was on its way: time in the queue is not the transport's.
+        handoff = 0.0 if before is None else max(0.0, done.begun - max(before, done.asked))
         if done.stage:
             window.handoffs.append(handoff)
             window.queued.append(sum(stage == done.stage - 1 for stage, _, _ in self._ends))
         if done.stage + 1 < len(self._windows):
             self._ends[done.stage, done.serial, done.block] = done.computed
+            if len(self._ends) > LAST_BLOCKS:  # a line that is closed leaves blocks half-way
+                self._ends.pop(next(iter(self._ends)))
         if self._lines is not None:
             record = {"stage": self.plan.stages[done.stage].name, "session": done.serial, "block": done.block,
                       "wait_in_ms": _ms(done.begun - done.asked), "compute_ms": _ms(done.computed - done.begun),
