@@ -80,7 +80,7 @@ def _generate(a: argparse.Namespace) -> int:
     plan = make_plan(line, ranks, stream.steps)
     options = GenerateOptions(
         a.image, a.audio, a.prompt, a.out, size=a.size, max_area=a.max_area[0] * a.max_area[1], seed=a.seed,
-        seconds=a.seconds, live=a.live, contact_sheet=a.contact_sheet,
+        seconds=a.seconds, live=a.live, contact_sheet=a.contact_sheet, snapshot_every=a.snapshot_every,
     )
     leads = ranks is None or ranks.rank == 0
     if leads:
@@ -319,6 +319,11 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--relative-distance", type=int, metavar="N",
         help="constant distance of the rolling sink, in latent frames (drawn from 4..30 as published)",
+    )
+    p.add_argument(
+        "--snapshot-every", type=_positive(int, "blocks"), default=0, metavar="BLOCKS",
+        help="save the state in OUT.resume now and then; started again, by hand or by torchrun --max-restarts, a run "
+        "that was cut off goes on from there",
     )
     p.add_argument("--telemetry", type=Path, metavar="FILE.jsonl", help="a line of JSON for each block and stage")
     p.add_argument("--trace", type=Path, metavar="FILE.json", help="the stages' timeline, in Chrome's trace format")

@@ -13,6 +13,7 @@ from liverelay.engine.media import ContactSheet, VideoWriter, check_writable, co
 from liverelay.engine.models.audio import SAMPLE_RATE, read_audio, resample
 from liverelay.engine.models.image import as_image, prepare_image
 from liverelay.engine.progress import Progress, uninterrupted
+from liverelay.engine.recovery import RecoverableVideo, digest
 from liverelay.engine.relay.ranks import StageLost
 from liverelay.engine.session import Chunk, Samples, Session
 
@@ -21,7 +22,10 @@ LIVE_PIECE_S = 0.1
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What to make. size (width, height) in pixels or None for the published rule under max_area; seconds: at most."""
+    """What to make. size (width, height) in pixels or None for the published rule under max_area; seconds: at most.
+
+    snapshot_every: blocks, 0 for never: a run that is cut off can go on from its last snapshot (engine/recovery.py).
+    """
 
     image: Path
     audio: Path
@@ -33,6 +37,7 @@ class GenerateOptions:
     seconds: float | None = None
     live: bool = False
     contact_sheet: Path | None = None
+    snapshot_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,28 +89,28 @@ def generate(engine: Engine, options: GenerateOptions, inputs: Inputs | None = N
 
     The sound file's own samples go into the video; the model hears them at 16 kHz. `seconds` cuts the sound first.
     A video that has the name already is replaced by a finished one only: one that was cut short gets another name.
+    With snapshots the same call goes on where an earlier one was cut off.
     """
     check_outputs(options)
     older = [path for path in (options.out, options.contact_sheet) if path is not None and path.exists()]
     fps, inputs = engine.stream.fps, inputs or read_inputs(options)
     sound, rate = inputs.sound, inputs.rate
-    total = -(-len(sound) * fps // rate)
     waveform = resample(sound, rate)
-    session = engine.open(
-        inputs.picture, options.prompt, audio=None if options.live else waveform, size=options.size,
-        max_area=options.max_area, seed=options.seed,
-    )
-    progress = Progress(total, fps)
-    writer = VideoWriter(options.out, fps=fps, size=session.size, audio_rate=rate, audio_channels=sound.shape[1])
+    session, video = _begin(engine, options, inputs, waveform)
+    progress = Progress(-(-len(sound) * fps // rate), fps, done=video.frames)
     sheet = ContactSheet(fps)
     interrupted, lost = False, None
     try:
+        if isinstance(video, RecoverableVideo) and options.contact_sheet is not None:
+            video.show(sheet.add)
         for chunk in _chunks(session, waveform, live=options.live):
             start, end = (frame * rate // fps for frame in (chunk.first_frame, chunk.first_frame + len(chunk.frames)))
             with uninterrupted():  # packets lost half-way would spoil the file
-                writer.write(chunk.frames, sound[start:end])
+                video.write(chunk.frames, sound[start:end])
+                if isinstance(video, RecoverableVideo) and session.next_block % options.snapshot_every == 0:
+                    video.save(session)
             sheet.add(chunk.frames)
-            progress.update(chunk.block + 1, writer.frames)
+            progress.update(chunk.block + 1, video.frames)
     except KeyboardInterrupt:
         interrupted = True
         try:
@@ -115,12 +120,55 @@ def generate(engine: Engine, options: GenerateOptions, inputs: Inputs | None = N
     except StageLost as error:
         lost = error
     except BaseException:
-        writer.abort()
+        video.abort()
         raise
     progress.finish()
-    if not writer.frames:
-        writer.abort()
+    if not video.frames:
+        video.abort()
         raise lost or KeyboardInterrupt
+    return _finish(video, sheet, options, (interrupted, lost), older)
+
+
+def _begin(
+    engine: Engine, options: GenerateOptions, inputs: Inputs, waveform: Samples
+) -> tuple[Session, VideoWriter | RecoverableVideo]:
+    """The session and its video: new ones, or those of an earlier run that was cut off."""
+
+    def begin() -> Session:
+        return engine.open(
+            inputs.picture, options.prompt, audio=None if options.live else waveform, size=options.size,
+            max_area=options.max_area, seed=options.seed,
+        )  # fmt: skip
+
+    sound, rate, fps = inputs.sound, inputs.rate, engine.stream.fps
+    if not options.snapshot_every:
+        session = begin()
+        writer = VideoWriter(options.out, fps=fps, size=session.size, audio_rate=rate, audio_channels=sound.shape[1])
+        return session, writer
+    run = {
+        "image": digest(inputs.picture), "audio": f"{digest(sound)} {rate}", "prompt": options.prompt,
+        "seed": options.seed, "size": [*(options.size or (0, options.max_area))], "live": options.live,
+        "relative distance": engine.stream.relative_distance, "checkpoint or precision": engine.model_id,
+    }  # fmt: skip
+    video = RecoverableVideo(options.out, run, sound=sound, rate=rate, fps=fps)
+    try:
+        snapshot = video.resume()
+        session = begin() if snapshot is None else engine.resume(snapshot)
+    except BaseException:
+        video.abort()
+        raise
+    if snapshot is not None:
+        engine.loader.say(f"going on from frame {video.frames}, saved in {video.folder}")
+    video.begin(session.size)
+    return session, video
+
+
+def _finish(
+    video: VideoWriter | RecoverableVideo, sheet: ContactSheet, options: GenerateOptions,
+    cut: tuple[bool, StageLost | None], older: list[Path],
+) -> GenerateResult:
+    """Give the results their names. cut: whether the run was interrupted, and the stage that was lost."""
+    interrupted, lost = cut
     short = interrupted or lost is not None
 
     def named(path: Path) -> Path:
@@ -128,19 +176,21 @@ def generate(engine: Engine, options: GenerateOptions, inputs: Inputs | None = N
 
     name = named(options.out)
     with uninterrupted():
-        writer.close(name)
+        video.close(name)
         if options.contact_sheet is not None:
             sheet.save(named(options.contact_sheet))
+        if isinstance(video, RecoverableVideo) and not short:
+            video.remove()
     if lost is not None:
-        raise StageLost(f"{lost}; the {writer.frames} frames that were done are in {name}")
-    return GenerateResult(name, writer.frames, interrupted)
+        raise StageLost(f"{lost}; the {video.frames} frames that were done are in {name}")
+    return GenerateResult(name, video.frames, interrupted)
 
 
 def _chunks(session: Session, waveform: Samples, *, live: bool) -> Iterator[Chunk]:
     """The session's blocks; in live mode the sound is pushed piece by piece, as it would come from a microphone."""
     if live:
         piece = round(LIVE_PIECE_S * SAMPLE_RATE)
-        for start in range(0, len(waveform), piece):
+        for start in range(session.heard_samples, len(waveform), piece):
             session.push_audio(waveform[start : start + piece], SAMPLE_RATE)
             yield from session.frames()
         session.end_audio()

@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -22,9 +23,11 @@ from liverelay.engine.errors import InputError, MissingExtraError, OutputError
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 AUDIO_BIT_RATE = 192_000
+REORDERED = 2  # frames that the encoder may hold back: B-frames that refer to others
 CRF = 10  # the published writer's quality 8
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 Frames = npt.NDArray[np.uint8]
+Sound = npt.NDArray[np.float32]
 
 
 def _av() -> Any:
@@ -81,50 +84,19 @@ def part_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
 
 
-class VideoWriter:
-    """H.264 (yuv420p) and AAC into mp4, mov or mkv. `close` gives the file its name; `abort` leaves nothing.
+class _Sound:
+    """The AAC stream of a file. Sound keeps its own rate where AAC knows it, else it becomes 48 kHz."""
 
-    size: (width, height), even numbers. Sound keeps its own rate where AAC knows it, else 48 kHz.
-    """
+    def __init__(self, file: Any, rate: int, channels: int) -> None:
+        self._file, self._rate, self._samples = file, rate, 0
+        self._channels, self._layout = (1, "mono") if channels == 1 else (2, "stereo")
+        aac_rate = rate if rate in _AAC_RATES else 48000
+        self._stream = file.add_stream("aac", rate=aac_rate, layout=self._layout)
+        self._stream.bit_rate = min(AUDIO_BIT_RATE, 6 * aac_rate)
+        self._resampler = _av().AudioResampler(format="fltp", layout=self._layout, rate=aac_rate, frame_size=1024)
 
-    def __init__(
-        self, path: Path, *, fps: int, size: tuple[int, int], audio_rate: int, audio_channels: int = 1,
-        crf: int = CRF, preset: str = "medium",
-    ) -> None:
-        av, container = _av(), container_of(path)
-        self.path, self.frames = path, 0
-        self._part = part_path(real_path(path))
-        options = {} if container == "matroska" else {"movflags": "faststart"}
-        try:
-            self._file = av.open(str(self._part), "w", format=container, options=options)
-        except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-        # Without macroblock-tree rate control, whose result is not the same in every run of equal frames.
-        coding = {"crf": str(crf), "preset": preset, "x264-params": "mbtree=0"}
-        self._video = self._file.add_stream("libx264", rate=fps, options=coding)
-        self._video.width, self._video.height, self._video.pix_fmt = *size, "yuv420p"
-        self._tick = Fraction(1, fps)
-        self._channels, self._layout = (1, "mono") if audio_channels == 1 else (2, "stereo")
-        self._rate, self._samples = audio_rate, 0
-        aac_rate = audio_rate if audio_rate in _AAC_RATES else 48000
-        self._sound = self._file.add_stream("aac", rate=aac_rate, layout=self._layout)
-        self._sound.bit_rate = min(AUDIO_BIT_RATE, 6 * aac_rate)
-        self._resampler = av.AudioResampler(format="fltp", layout=self._layout, rate=aac_rate, frame_size=1024)
-
-    def write(self, frames: Frames, audio: npt.NDArray[np.float32]) -> None:
-        """Append frames [n, H, W, 3] and the sound that belongs to them, [m] or [m, channels] in [-1, 1]."""
-        av = _av()
-        try:
-            for pixels in frames:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-                frame.pts, frame.time_base = self.frames, self._tick
-                self._file.mux(self._video.encode(frame))
-                self.frames += 1
-            self._write_sound(audio)
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from None
-
-    def _write_sound(self, audio: npt.NDArray[np.float32]) -> None:
+    def write(self, audio: Sound) -> None:
+        """Append samples [m] or [m, channels] in [-1, 1]."""
         if not len(audio):
             return
         planes = audio.reshape(len(audio), -1).T
@@ -134,21 +106,73 @@ class VideoWriter:
         frame.sample_rate, frame.pts, frame.time_base = self._rate, self._samples, Fraction(1, self._rate)
         self._samples += len(audio)
         for piece in self._resampler.resample(frame):
-            self._file.mux(self._sound.encode(piece))
+            self._file.mux(self._stream.encode(piece))
+
+    def finish(self) -> None:
+        for piece in self._resampler.resample(None):
+            self._file.mux(self._stream.encode(piece))
+        self._file.mux(self._stream.encode(None))
+
+
+def _create(part: Path, path: Path) -> Any:
+    container = container_of(path)
+    options = {} if container == "matroska" else {"movflags": "faststart"}
+    try:
+        return _av().open(str(part), "w", format=container, options=options)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write {path}: {error.strerror or error}")
+
+
+class VideoWriter:
+    """H.264 (yuv420p) and AAC into mp4, mov or mkv. `close` gives the file its name; `abort` leaves nothing.
+
+    size: (width, height), even numbers; audio_rate: of the sound, None for a video without one.
+    """
+
+    def __init__(
+        self, path: Path, *, fps: int, size: tuple[int, int], audio_rate: int | None = None, audio_channels: int = 1,
+        crf: int = CRF, preset: str = "medium",
+    ) -> None:
+        self.path, self.frames = path, 0
+        self._part = part_path(real_path(path))
+        self._file = _create(self._part, path)
+        # Without macroblock-tree rate control, whose result is not the same in every run of equal frames.
+        coding = {"crf": str(crf), "preset": preset, "x264-params": "mbtree=0"}
+        self._video = self._file.add_stream("libx264", rate=fps, options=coding)
+        self._video.width, self._video.height, self._video.pix_fmt = *size, "yuv420p"
+        self._tick = Fraction(1, fps)
+        self._sound = None if audio_rate is None else _Sound(self._file, audio_rate, audio_channels)
+
+    def write(self, frames: Frames, audio: Sound) -> None:
+        """Append frames [n, H, W, 3] and the sound that belongs to them, [m] or [m, channels] in [-1, 1]."""
+        av = _av()
+        try:
+            for pixels in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                frame.pts, frame.time_base = self.frames, self._tick
+                self._file.mux(self._video.encode(frame))
+                self.frames += 1
+            if self._sound is not None:
+                self._sound.write(audio)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
 
     def close(self, path: Path | None = None) -> Path:
         """Finish the file and give it its name (or another one, `path`)."""
         target = path or self.path
         try:
-            for piece in self._resampler.resample(None):
-                self._file.mux(self._sound.encode(piece))
-            for stream in (self._video, self._sound):
-                self._file.mux(stream.encode(None))
+            if self._sound is not None:
+                self._sound.finish()
+            self._file.mux(self._video.encode(None))
             self._file.close()
             os.replace(self._part, real_path(target))
         except OSError as error:
             self.abort()
-            raise OutputError(f"cannot write {target}: {error.strerror or error}") from None
+            raise _cannot_write(target, error) from None
         return target
 
     def abort(self) -> None:
@@ -156,6 +180,47 @@ class VideoWriter:
         with contextlib.suppress(OSError, ValueError):  # the file is thrown away: what it lacks does not matter
             self._file.close()
         self._part.unlink(missing_ok=True)
+
+
+def join_videos(parts: Sequence[tuple[Path, int]], target: Path, sound: Sound, rate: int, fps: int) -> Path:
+    """One file of several videos of one size, whose pictures are not coded again, with a sound [m, channels] of `rate`.
+
+    parts: files of VideoWriter with the number of their frames. OutputError when it cannot be written.
+    """
+    av, part, frames = _av(), part_path(real_path(target)), 0
+    file = _create(part, target)
+    try:
+        video: Any = None
+        for path, count in parts:
+            with av.open(str(path)) as source:
+                given = source.streams.video[0]
+                if video is None:
+                    video, track = file.add_stream_from_template(given), _Sound(file, rate, sound.shape[1])
+                frame = round(1 / fps / given.time_base)
+                packets = (packet for packet in source.demux(given) if packet.dts is not None)
+                for number, packet in enumerate(packets, frames):
+                    # Short pieces are coded with less delay: decoding times that go on evenly suit all of them.
+                    packet.pts, packet.dts = packet.pts + frames * frame, (number - REORDERED) * frame
+                    packet.stream = video
+                    file.mux(packet)
+            track.write(sound[frames * rate // fps : (frames + count) * rate // fps])
+            frames += count
+        track.finish()
+        file.close()
+        os.replace(part, real_path(target))
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):
+            file.close()
+        part.unlink(missing_ok=True)
+        raise _cannot_write(target, error) from None
+    return target
+
+
+def pictures_of(path: Path) -> Iterator[Frames]:
+    """The frames of a video file, one by one, [1, H, W, 3]."""
+    with _av().open(str(path)) as file:
+        for frame in file.decode(video=0):
+            yield frame.to_ndarray(format="rgb24")[None]
 
 
 class ContactSheet:

@@ -16,8 +16,8 @@ LINE_EVERY_S = 5.0
 class Progress:
     """One line on standard error, rewritten in place on a terminal, printed now and then elsewhere."""
 
-    def __init__(self, total_frames: int | None, fps: int, stream: TextIO | None = None) -> None:
-        self._total, self._fps = total_frames, fps
+    def __init__(self, total_frames: int | None, fps: int, stream: TextIO | None = None, *, done: int = 0) -> None:
+        self._total, self._fps, self._done = total_frames, fps, done  # done: frames of an earlier run
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._started = time.perf_counter()
@@ -35,7 +35,7 @@ class Progress:
 
     def line(self, block: int, frames: int, elapsed: float) -> str:
         """The text of the progress line."""
-        rate = frames / max(elapsed, 1e-9)
+        rate = (frames - self._done) / max(elapsed, 1e-9)
         text = f"block {block}  frame {frames}"
         if self._total:
             to_go = (self._total - frames) / max(rate, 1e-9)

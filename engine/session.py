@@ -151,6 +151,12 @@ class Session:
         self._check_open()
         return self._track.total_frames()
 
+    @property
+    def heard_samples(self) -> int:
+        """Sound that a live session has been given, and silence in its place, in samples at 16 kHz."""
+        self._check_open()
+        return self._live.end if self._live else 0
+
     def push_audio(self, samples: npt.ArrayLike, sample_rate: int) -> None:
         """Give a live session more sound: float samples in [-1, 1] or integers, [n] or [n, channels], any n.
 

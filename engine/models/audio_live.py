@@ -123,10 +123,10 @@ class LiveAudio:
         """Fill up with silence to frame `frame_end`: the avatar idles when the sound runs dry."""
         with self._lock:
             self._end_run()
-            missing = frame_end * FRAME_SAMPLES - self._end
+            missing = frame_end * FRAME_SAMPLES - self.end
             if missing > 0:
                 self._append(np.zeros(missing, dtype=np.float32))
-            self._run_start = self._end
+            self._run_start = self.end
 
     def finish(self) -> None:
         """No more sound comes; after its end there is silence."""
@@ -140,8 +140,8 @@ class LiveAudio:
         if self._resampler is not None and self._rate is not None:
             self._append(self._resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
             due = self._run_start + -(-self._run_pushed * SAMPLE_RATE // self._rate)
-            self._append(np.zeros(max(0, due - self._end), dtype=np.float32))  # it may end one sample early
-        self._resampler, self._run_start, self._run_pushed = None, self._end, 0
+            self._append(np.zeros(max(0, due - self.end), dtype=np.float32))  # it may end one sample early
+        self._resampler, self._run_start, self._run_pushed = None, self.end, 0
 
     # -- snapshots -------------------------------------------------------------------------------------------------
 
@@ -174,12 +174,12 @@ class LiveAudio:
 
     def total_frames(self) -> int | None:
         """Video frames that the sound lasts, rounded up; None before `finish`."""
-        return -(-self._end // FRAME_SAMPLES) if self._finished else None
+        return -(-self.end // FRAME_SAMPLES) if self._finished else None
 
     def ready(self, frame_end: int) -> bool:
         """Whether the sound up to frame `frame_end` and the look-ahead have come, or no more will come."""
         with self._lock:
-            return self._finished or self._end >= self._needed(frame_end)
+            return self._finished or self.end >= self._needed(frame_end)
 
     def samples(self, frame_start: int, frame_end: int) -> Samples:
         """The 16 kHz sound of the frames last asked for by `features`, silence where there is none."""
@@ -204,16 +204,16 @@ class LiveAudio:
         start = max(0, (frame_start * FRAME_SAMPLES - left) // HOP * HOP)
         end = self._needed(frame_end)
         if self._finished:  # nothing is heard after the sound, beyond what the block itself needs
-            end = min(end, max(self._end, frame_end * FRAME_SAMPLES))
+            end = min(end, max(self.end, frame_end * FRAME_SAMPLES))
         if start < self._buffer_start:
             raise InputError(f"the sound before frame {frame_start} is gone; ask for blocks in order")
-        self._statistics.add(self._cut(self._statistics.heard, min(end, self._end)))
+        self._statistics.add(self._cut(self._statistics.heard, min(end, self.end)))
         return self._statistics.normalise(self._cut(start, end)), start
 
     # -- the buffer ------------------------------------------------------------------------------------------------
 
     @property
-    def _end(self) -> int:
+    def end(self) -> int:
         """Samples that have come since the stream began."""
         return self._buffer_start + len(self._buffer)
 
