@@ -143,6 +143,22 @@ def test_a_lost_process_is_named_by_all_the_others(
     assert rank == 0 or 0 < len(pictures(out)) < 1000  # what was done can be watched
 
 
+def test_a_run_that_loses_a_process_starts_again_where_it_was(
+    checkpoint: Path, inputs: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "x.mkv"
+    flags = generate(checkpoint, inputs, out, "--timeout", 2, "--snapshot-every", 4)
+    process = start(3, flags, "--max-restarts", "1")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "x.mkv.resume" / "state.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline, finish(process)[1]
+        time.sleep(0.02)
+    os.kill(ranks(out)[1], signal.SIGKILL)
+    status, errors = finish(process)
+    assert status == 0 and "going on from frame" in errors, errors
+    assert len(pictures(out)) == 1000 and [path.name for path in tmp_path.iterdir()] == ["x.mkv"]
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [

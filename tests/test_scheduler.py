@@ -87,3 +87,24 @@ def test_requests_out_of_order_or_of_strangers_are_faults() -> None:
     with pytest.raises(ValueError, match="block 5"):
         line.request("a", 5)
     assert [request.block for request in line.cancel("a")] == [3] and line.next() is None
+
+
+def test_the_pace_is_that_of_the_slowest_stage_and_refuses_what_it_cannot_do() -> None:
+    line = Scheduler(places=9)
+    for block in range(40):
+        line.admit(block, rate=2.0) if block < 2 else None  # nothing is known yet
+        line.timed(0, 0.05)
+        line.timed(1, 5.0 if block == 0 else 0.2)  # the first block of all takes longer
+        line.timed(2, 0.1)
+    assert line.blocks_per_s == pytest.approx(5) and line.load == pytest.approx(0.8)
+    with pytest.raises(ValueError, match=r"makes 5\.00 blocks in a second and 2 sessions have 80%"):
+        line.admit("late", rate=1.0)
+    line.admit("file")  # takes what is left
+    line.admit("small", rate=0.7)
+
+
+def test_a_given_pace_is_kept() -> None:
+    line = Scheduler(places=9, blocks_per_s=3.0)
+    for _ in range(100):
+        line.timed(0, 1.0)
+    assert line.blocks_per_s == 3.0

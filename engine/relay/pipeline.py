@@ -283,6 +283,7 @@ class Pipeline:
             self._observe(event)
         with self._lock:
             if isinstance(event, Done):
+                self.scheduler.timed(event.stage, event.computed - event.begun)
                 if event.stage == 0:
                     self._under_way -= 1
                     self._dispatch()

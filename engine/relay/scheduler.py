@@ -9,9 +9,12 @@ that no session that was let in makes another one late.
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+PACE_BLOCKS = 32  # of a stage, from which its time is taken
 FULL_LOAD = 0.95  # of the line's throughput that is given away: what is left evens out late blocks
 
 
@@ -34,10 +37,15 @@ class _Client:
 
 
 class Scheduler:
-    """Requests in, the next block out. places: sessions that there is memory for; blocks_per_s: of the line, or 0."""
+    """Requests in, the next block out. places: sessions that there is memory for.
+
+    blocks_per_s: what the line can do; 0: it is found out by `timed`, and nobody is refused before that.
+    """
 
     def __init__(self, places: int, blocks_per_s: float = 0.0) -> None:
         self.places, self.blocks_per_s = places, blocks_per_s
+        self._given = blocks_per_s > 0
+        self._times: dict[int, deque[float]] = {}
         self._clients: dict[Hashable, _Client] = {}
         self._served = 0
 
@@ -50,6 +58,14 @@ class Scheduler:
         """Share of the line's throughput that live sessions have been promised; 0 while that is not known."""
         rates = sum(client.rate for client in self._clients.values())
         return rates / self.blocks_per_s if self.blocks_per_s else 0.0
+
+    def timed(self, stage: int, seconds: float) -> None:
+        """A stage has computed a block in this time. The slowest stage's median is the pace of the line."""
+        if self._given:
+            return
+        self._times.setdefault(stage, deque(maxlen=PACE_BLOCKS)).append(seconds)
+        if all(len(times) >= PACE_BLOCKS // 4 for times in self._times.values()):
+            self.blocks_per_s = 1 / max(1e-9, *(statistics.median(times) for times in self._times.values()))
 
     def refusal(self, rate: float = 0.0) -> str:
         """Why a session of this rate (blocks in a second) cannot be let in now; empty when it can."""
