@@ -171,6 +171,7 @@ def _golden(a: argparse.Namespace) -> int:
     from liverelay.engine.media import check_writable
     from liverelay.engine.models.weights import save_tensors
 
+    _set_threads(a.threads)
     check_writable(a.out)
     results = run(a.component, a.folder, _golden_options(a))
     if results is None:  # a rank that does not lead
@@ -267,12 +268,12 @@ def _parser() -> argparse.ArgumentParser:
     golden.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     golden.add_argument("--weights", type=Path, metavar="FILE", help="weights instead of those of DIR")
     golden.add_argument("--backend", metavar="NAME", help="kernel backend (torch)")
-    _add_line(golden, "cpu")
+    _add_line(golden, "cpu", threads=1)
     golden.set_defaults(command=_golden)
     return parser
 
 
-def _add_line(p: argparse.ArgumentParser, default: str) -> None:
+def _add_line(p: argparse.ArgumentParser, default: str, threads: int | None = None) -> None:
     p.add_argument(
         "--device", "--devices", dest="device", metavar="NAMES",
         help=f"cpu, cuda or cuda:N; several with commas between them are a line of stages ({default})",
@@ -281,6 +282,11 @@ def _add_line(p: argparse.ArgumentParser, default: str) -> None:
     p.add_argument(
         "--transport", choices=("auto", "local", "gloo", "nccl"), default="auto",
         help="between the processes of torchrun: nccl on GPUs, gloo on CPUs (auto)",
+    )
+    p.add_argument(
+        "--threads", type=_positive(int, "threads"), metavar="N", default=threads,
+        help="CPU threads of each process; results are equal to the bit where this number is ("
+        + ("all cores, 1 under torchrun)" if threads is None else f"{threads})"),
     )
     p.add_argument(
         "--timeout", type=_positive(float, "seconds"), default=10.0, metavar="S",
@@ -315,7 +321,6 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
         "arena's memory, or in both",
     )
     p.add_argument("--backend", metavar="NAME", help="kernel backend or attention, as liverelay kernels lists")
-    p.add_argument("--threads", type=_positive(int, "threads"), metavar="N", help="CPU threads")
     p.add_argument(
         "--relative-distance", type=int, metavar="N",
         help="constant distance of the rolling sink, in latent frames (drawn from 4..30 as published)",
