@@ -17,7 +17,10 @@ from liverelay.engine.version import __version__
 
 if TYPE_CHECKING:
     from liverelay.engine.engine import Engine
-    from liverelay.engine.session import Chunk, Session
+    from liverelay.engine.session import Session
+    from liverelay.engine.snapshot import Snapshot
+    from liverelay.engine.steps import SteppedSession
+    from liverelay.engine.stream import Chunk
 
 __all__ = [
     "CheckpointError",
@@ -29,11 +32,15 @@ __all__ = [
     "MissingExtraError",
     "OutputError",
     "Session",
+    "Snapshot",
+    "SteppedSession",
     "StreamConfig",
     "__version__",
 ]
 
-_LAZY = {"Engine": "engine", "Session": "session", "Chunk": "session"}
+_LAZY = {
+    "Engine": "engine", "Session": "session", "Chunk": "stream", "Snapshot": "snapshot", "SteppedSession": "steps",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from liverelay.engine.models.image import as_image, choose_size, prepare_image
 from liverelay.engine.models.text import TextEncoder
 from liverelay.engine.models.vae import VAE
 from liverelay.engine.models.weights import open_pth
+from liverelay.engine.relay.messages import Tensors
 from liverelay.engine.relay.pipeline import Observer, Pipeline, local_pipeline
 from liverelay.engine.relay.plan import Plan, balanced_plan
 from liverelay.engine.relay.ranks import Leader
@@ -31,6 +32,8 @@ from liverelay.engine.snapshot import Snapshot, model_id
 if TYPE_CHECKING:
     from liverelay.engine.models.audio_live import LiveAudioConfig
     from liverelay.engine.session import Session
+    from liverelay.engine.steps import StageSet, SteppedSession
+    from liverelay.engine.stream import AudioTrack
 
 DEFAULT_MAX_AREA = DEFAULT_MAX_SIZE[0] * DEFAULT_MAX_SIZE[1]
 VAE_STRIDE = 8
@@ -59,6 +62,7 @@ class Engine:
         self.leader: Leader | None = None  # where the other stages are processes of their own
         self._dits = dits
         self._lines: dict[Geometry, Pipeline] = {}
+        self._stages: dict[Geometry, StageSet] = {}  # those without a line, for `open_steps`
         self._texts: dict[str, Tensor] = {}
 
     @classmethod
@@ -117,11 +121,48 @@ class Engine:
         size: (width, height) in pixels, multiples of 64; None: the published rule under `max_area` pixels.
         seed and session_id key all randomness. InputError for a picture, sound or size that cannot be used.
         """
-        from liverelay.engine.models.audio_live import LiveAudio
-        from liverelay.engine.session import Session, WholeFile, as_waveform
+        from liverelay.engine.session import Session
 
-        if type(seed) is not int or type(session_id) is not int or not isinstance(prompt, str):
-            raise InputError("seed and session_id must be whole numbers, the prompt a text")
+        check_keys(seed, session_id)
+        given, track, latent = self._prepare(image, prompt, audio, size, max_area, live)
+        with self.lock:
+            line = self.line(*latent)
+            serial = line.open(given, rate=self.rate(live=audio is None))
+            return Session(self, line, serial, track, given, seed=seed, session_id=session_id)
+
+    def open_steps(
+        self,
+        image: Any,
+        prompt: str = "",
+        *,
+        audio: Any = None,
+        size: tuple[int, int] | None = None,
+        max_area: int = DEFAULT_MAX_AREA,
+        seed: int = 0,
+        session_id: int = 0,
+        live: LiveAudioConfig | None = None,
+    ) -> SteppedSession:
+        """As `open`, for a scheduler that runs each stage of each block itself (see `SteppedSession`)."""
+        from liverelay.engine.steps import StageSet, SteppedSession
+
+        check_keys(seed, session_id)
+        given, track, latent = self._prepare(image, prompt, audio, size, max_area, live)
+        with self.lock:
+            geometry = self._geometry(*latent)
+            if geometry not in self._stages:
+                self._stages[geometry] = StageSet(self._make_stages(geometry), self.sessions)
+            return SteppedSession(self, self._stages[geometry], track, given, seed=seed, session_id=session_id)
+
+    def _prepare(
+        self, image: Any, prompt: str, audio: Any, size: tuple[int, int] | None, max_area: int,
+        live: LiveAudioConfig | None,
+    ) -> tuple[Tensors, AudioTrack, tuple[int, int]]:
+        """What a session is opened with, its sound, and the latent's height and width."""
+        from liverelay.engine.models.audio_live import LiveAudio
+        from liverelay.engine.stream import WholeFile, as_waveform
+
+        if not isinstance(prompt, str):
+            raise InputError("the prompt must be a text")
         waveform = None if audio is None else as_waveform(audio)
         picture = as_image(image)
         height, width = pick_size(picture.size, size, max_area)
@@ -130,12 +171,11 @@ class Engine:
             text = self.encode_text(prompt)
             # The first chunk of the encoder is the single frame, so the reference is the first motion latent.
             motion = self.vae.encode(pixels.unsqueeze(1).expand(-1, self.stream.motion_pixel_frames, -1, -1))
-            line = self.line(height // VAE_STRIDE, width // VAE_STRIDE)
             given = {"text": text, "reference": motion[:, :1].clone(), "motion": motion}
-            fps = self.stream.fps
-            track = LiveAudio(self.audio, live) if waveform is None else WholeFile(self.audio, waveform, fps)
-            serial = line.open(given, rate=self.rate(live=waveform is None))
-            return Session(self, line, serial, track, given, seed=seed, session_id=session_id)
+            track: AudioTrack = LiveAudio(self.audio, live)
+            if waveform is not None:
+                track = WholeFile(self.audio, waveform, self.stream.fps)
+        return given, track, (height // VAE_STRIDE, width // VAE_STRIDE)
 
     def resume(self, snapshot: Snapshot | str | Path) -> Session:
         """Go on with a session from `Session.snapshot`, or from its file, bit for bit, whatever the plan is here.
@@ -159,11 +199,13 @@ class Engine:
         """Blocks that a session needs in a second; 0 where it is not held to that."""
         return 1 / self.stream.block_seconds if live and self.admit_by_rate else 0.0
 
+    def _geometry(self, latent_h: int, latent_w: int) -> Geometry:
+        stream = self.stream
+        return Geometry(latent_h, latent_w, self.dit.config.head_dim, stream.frames_per_block, stream.ring_frames)
+
     def line(self, latent_h: int, latent_w: int) -> Pipeline:
         """The pipeline of one resolution, made when first asked for."""
-        geometry = Geometry(
-            latent_h, latent_w, self.dit.config.head_dim, self.stream.frames_per_block, self.stream.ring_frames
-        )
+        geometry = self._geometry(latent_h, latent_w)
         found = self._lines.pop(geometry, None)
         if found is None or found.error is not None:
             self._make_room()
@@ -183,17 +225,27 @@ class Engine:
         if self.leader is not None and self._lines:
             raise InputError("stages in other processes hold one resolution at a time; close the sessions of the other")
 
+    def _spec(self, geometry: Geometry) -> LineSpec:
+        config, stream = self.dit.config, self.stream
+        return LineSpec.make(geometry, stream, audio_shape(config, stream), channels=config.in_channels)
+
+    def _make_stages(self, geometry: Geometry) -> list[Stage]:
+        """All stages, in this process."""
+        if self.leader is not None:
+            raise InputError("the stages are in other processes; start the engine in one")
+        spec, dits = self._spec(geometry), self._dits
+        return [Stage(part, spec, dits.get(part.device), self.vae, self.loader.dtype) for part in self.plan.stages]
+
     def _make_line(self, geometry: Geometry) -> Pipeline:
-        config, stream, plan = self.dit.config, self.stream, self.plan
-        spec = LineSpec.make(geometry, stream, audio_shape(config, stream), channels=config.in_channels)
+        spec, plan = self._spec(geometry), self.plan
         if self.leader is not None:
             first = Stage(plan.stages[0], spec, self.dit, self.vae, self.loader.dtype)
             return self.leader.build(spec, first, places=self.sessions, observe=self.observe)
-        stages = [Stage(part, spec, self._dits.get(part.device), self.vae, self.loader.dtype) for part in plan.stages]
-        return local_pipeline(plan, spec, stages, places=self.sessions, observe=self.observe)
+        return local_pipeline(plan, spec, self._make_stages(geometry), places=self.sessions, observe=self.observe)
 
     def close(self) -> None:
         """End the stages of all resolutions; open sessions are lost."""
+        self._stages.clear()
         while self._lines:
             self._lines.popitem()[1].close()
         if self.leader is not None:
@@ -222,6 +274,12 @@ class Engine:
                 f"{self.loader.files.text} has width {states.shape[1]}, the transformer expects {config.text_dim}"
             )
         return states
+
+
+def check_keys(*keys: Any) -> None:
+    """InputError unless seed and session number are whole."""
+    if any(type(key) is not int for key in keys):
+        raise InputError("seed and session_id must be whole numbers")
 
 
 def audio_shape(config: DiTConfig, stream: StreamConfig) -> tuple[int, int, int, int]:

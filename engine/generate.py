@@ -15,7 +15,8 @@ from liverelay.engine.models.image import as_image, prepare_image
 from liverelay.engine.progress import Progress, uninterrupted
 from liverelay.engine.recovery import RecoverableVideo, digest
 from liverelay.engine.relay.ranks import StageLost
-from liverelay.engine.session import Chunk, Samples, Session
+from liverelay.engine.session import Session
+from liverelay.engine.stream import Chunk, Samples
 
 LIVE_PIECE_S = 0.1
 

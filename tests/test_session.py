@@ -17,7 +17,8 @@ from liverelay.engine.engine import Engine
 from liverelay.engine.errors import InputError, LiveRelayError
 from liverelay.engine.models.sampler import block_noise, relative_distance
 from liverelay.engine.models.text import TextEncoder
-from liverelay.engine.session import Chunk, Session
+from liverelay.engine.session import Session
+from liverelay.engine.stream import Chunk
 
 for library in ("transformers", "PIL", "ftfy"):
     pytest.importorskip(library)
@@ -289,3 +290,23 @@ def test_a_closed_session_says_so(engine: Engine, numbers: Numbers, use: Callabl
         assert session.next_frame == 0
     with pytest.raises(LiveRelayError, match="closed"):
         use(session)
+
+
+def test_an_interrupted_avatar_says_what_is_pushed_next(engine: Engine, numbers: Numbers) -> None:
+    image, speech = picture(numbers), sound(numbers, 4 * RATE)
+    session = start(engine, image)
+    session.push_audio(speech, RATE)
+    stream = session.frames()
+    said = [next(stream)]
+    session.interrupt()
+    said += list(stream)  # what was under way
+    heard = sum(len(chunk.audio) for chunk in said)
+    assert heard == session.heard_samples < len(speech)
+    other = sound(numbers, RATE)
+    session.push_audio(other, RATE)
+    session.end_audio()
+    said += list(session.frames())
+    in_step(said, np.concatenate([speech[:heard], other]))
+    session.close()
+    with pytest.raises(InputError, match="only a live session"):
+        start(engine, image, speech).interrupt()

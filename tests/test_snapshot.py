@@ -12,8 +12,9 @@ import torch
 from liverelay.engine.config import StreamConfig
 from liverelay.engine.engine import Engine
 from liverelay.engine.errors import InputError, LiveRelayError, OutputError
-from liverelay.engine.session import Chunk, Session
+from liverelay.engine.session import Session
 from liverelay.engine.snapshot import Snapshot
+from liverelay.engine.stream import Chunk
 
 for library in ("transformers", "PIL", "ftfy", "soxr"):
     pytest.importorskip(library)

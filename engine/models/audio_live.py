@@ -10,8 +10,9 @@ A block's features depend only on the sound up to its window's end, so they are 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from liverelay.engine.models.audio import (
 
 SILENCE = 1e-3  # root mean square of full scale below which a block is silent: -60 dB
 MAX_CHANNELS = 32
+REMEMBERED = 16  # blocks that can be asked for again
 HOP = 320  # samples between two wav2vec2 features
 FRAME_SAMPLES = SAMPLE_RATE // 25  # samples of a video frame
 
@@ -89,6 +91,7 @@ class LiveAudio:
         self._buffer: Samples = np.zeros(0, dtype=np.float32)
         self._buffer_start = 0  # absolute number of the buffer's first sample
         self._statistics = _Statistics()
+        self._before: deque[tuple[int, _Statistics]] = deque(maxlen=REMEMBERED)  # by a block's first frame
         self._finished = False
         self._lock = threading.RLock()  # sound may come from another thread than the one that asks for features
 
@@ -127,6 +130,14 @@ class LiveAudio:
             if missing > 0:
                 self._append(np.zeros(missing, dtype=np.float32))
             self._run_start = self.end
+
+    def drop_after(self, frame: int) -> None:
+        """Forget the sound from a frame on, as if it had not come."""
+        with self._lock:
+            self._buffer = self._cut(self._buffer_start, min(self.end, frame * FRAME_SAMPLES))
+            for statistics in (self._statistics, *(before for _, before in self._before)):
+                statistics.heard = min(statistics.heard, self.end)
+            self._resampler, self._run_start, self._run_pushed = None, self.end, 0
 
     def finish(self) -> None:
         """No more sound comes; after its end there is silence."""
@@ -187,7 +198,8 @@ class LiveAudio:
             return self._cut(frame_start * FRAME_SAMPLES, frame_end * FRAME_SAMPLES)
 
     def features(self, frame_start: int, frame_end: int) -> Tensor:
-        """States [states, width, frames] of frames frame_start..frame_end-1; blocks must be asked for in order.
+        """States [states, width, frames] of frames frame_start..frame_end-1; blocks must be asked for in order, but for
+        the latest ones, which may be asked for again: as if they had not been.
 
         Where the sound has ended (or has not come, when the caller does not wait for `ready`) silence is heard.
         """
@@ -207,6 +219,9 @@ class LiveAudio:
             end = min(end, max(self.end, frame_end * FRAME_SAMPLES))
         if start < self._buffer_start:
             raise InputError(f"the sound before frame {frame_start} is gone; ask for blocks in order")
+        while self._before and self._before[-1][0] >= frame_start:
+            self._statistics = self._before.pop()[1]
+        self._before.append((frame_start, replace(self._statistics)))
         self._statistics.add(self._cut(self._statistics.heard, min(end, self.end)))
         return self._statistics.normalise(self._cut(start, end)), start
 
