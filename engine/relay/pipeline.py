@@ -112,7 +112,7 @@ class Pipeline:
     """
 
     def __init__(
-        self, plan: Plan, spec: LineSpec, entry: Link, *, places: int = 1, observe: Observer | None = None
+        self, plan: Plan, spec: LineSpec, entry: LocalLink, *, places: int = 1, observe: Observer | None = None
     ) -> None:
         self.plan, self.spec, self.entry = plan, spec, entry
         self.workers: Sequence[Worker] = ()
@@ -194,6 +194,7 @@ class Pipeline:
 
         parts: as in a parcel, `latent` being the noise. deadline: when its first frame is due.
         """
+        parts = self.entry.prepare(parts)
         with self._lock:
             client = self._client(serial)
             future: Future[Any] = Future()
