@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,9 +113,13 @@ def test_work_that_cannot_be_captured_is_done_and_told_once(
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr(FakeGraph, "fault", RuntimeError())
+    ended: list[object] = []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *where: ended.append(where), raising=False)
+    made._stream, made._pool = SimpleNamespace(device_index=3), (0, 7)  # type: ignore[assignment]
     with caplog.at_level(logging.WARNING):
         for key in ("a", "b", "a"):
             made.run(key, work)
+    assert ended == [(3, (0, 7))]  # the allocator has to be told
     assert calls == [0, 1, 0, 0] and not made.captured  # once as it stands, once for the capture that failed
     assert [record.message for record in caplog.records] == [
         "cpu: no CUDA graphs, launches one by one: operation not permitted when stream is capturing"

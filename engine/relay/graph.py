@@ -6,6 +6,7 @@ numbers. Between them nothing is allocated and Python does nothing for a layer. 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Hashable
@@ -46,6 +47,7 @@ class Graphs:
                 self.captured[key] = self._capture(work)
             except Exception as error:  # of a library that waits for the device, or of memory: eager is right, too
                 self.enabled = False
+                self._clear_up()
                 reason = str(error.__context__ or error).strip() or repr(error)
                 logging.getLogger(__name__).warning(
                     "%s: no CUDA graphs, launches one by one: %s", self._device, reason.splitlines()[0]
@@ -61,3 +63,10 @@ class Graphs:
             finally:
                 graph.capture_end()
         return graph
+
+    def _clear_up(self) -> None:
+        """After a failed capture PyTorch before 2.12 believes that it goes on: its allocator would fail to free memory
+        for others. It has no public name for the end."""
+        if self._stream is not None and self._pool is not None:
+            with contextlib.suppress(RuntimeError, AttributeError):  # where it knows of the end by itself
+                torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)

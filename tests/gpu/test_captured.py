@@ -13,6 +13,7 @@ from bench.line_14b import CHECKED, STEADY, Watched
 from bench.random_model import Model, counters, launches
 from liverelay.engine.models.workspace import STAGED, Staging
 from liverelay.engine.relay.graph import Graphs
+from liverelay.engine.relay.handoff import LocalLink
 from liverelay.engine.relay.plan import StagePlan
 from liverelay.engine.relay.remote import self_loop
 from liverelay.engine.relay.stage import Stage, set_device
@@ -80,7 +81,8 @@ def test_steady_blocks_neither_wait_nor_allocate(model: Model, stage: Stage) -> 
     stage.open(0, model.given)
     for _ in work(model, stage, 0, STEADY):
         pass
-    given = {name: part.to(model.device, model.dtype) for name, part in model.sound[0].items()}
+    given = LocalLink(model.spec.parcel, model.device, model.dtype).prepare(model.sound[0])
+    assert all(part.is_pinned() and part.dtype == model.dtype for part in given.values())
     torch.cuda.synchronize(model.device)
     before = counters(model.device)
     torch.cuda.set_sync_debug_mode("error")
