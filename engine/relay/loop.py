@@ -58,8 +58,8 @@ class StageLoop:
 
     def run(self) -> None:
         """Work until `Stop`. What goes wrong with a session is told and the loop goes on; its links' end ends it."""
-        set_device(self.stage.device)
         try:
+            set_device(self.stage.device)
             with torch.inference_mode():
                 while not isinstance(command := self._next(), Stop):
                     self._do(command)
@@ -136,8 +136,8 @@ class StageLoop:
 
         stage.denoise(command.place, command, keep if command.keep else None)
         if stage.last_step and block == 0:
-            clean = on_host(stage.parcel.parts["latent"][:, :1])
-            answers.append(lambda: Clean(self.index, serial, clean.clone()))
+            clean = on_host(stage.parcel.parts["latent"][:, :1].clone())
+            answers.append(lambda: Clean(self.index, serial, clean))
         if stage.plan.decode:
             video = stage.decode(command.place, block)
             frames = None if video is None else on_host(video)
@@ -164,4 +164,4 @@ class StageLoop:
 def on_host(tensor: Tensor) -> Tensor:
     """The tensor itself where it is on the host; from a GPU a copy that is there when the GPU gets so far. It is in
     pinned memory, which is scarce and comes round: what is to be kept is copied out of it."""
-    return tensor.contiguous().to("cpu", non_blocking=True)
+    return tensor.to("cpu", non_blocking=True)

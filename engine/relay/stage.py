@@ -11,6 +11,7 @@ from torch import Tensor
 
 from liverelay.engine.cache import Arena
 from liverelay.engine.config import StreamConfig
+from liverelay.engine.devices import numbered
 from liverelay.engine.errors import InputError
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import Geometry, reference_position
@@ -89,7 +90,7 @@ class Stage:
     def __init__(
         self, plan: StagePlan, spec: LineSpec, dit: DiT | None, vae: VAE | None, dtype: torch.dtype
     ) -> None:
-        self.plan, self.spec, self.device, self.dtype = plan, spec, torch.device(plan.device), dtype
+        self.plan, self.spec, self.device, self.dtype = plan, spec, numbered(plan.device), dtype
         self.dit, self.vae = (dit if plan.steps else None), (vae if plan.decode else None)
         self.parcel = Parcel(spec.parcel_of(plan), self.device, self.dtype)
         self.graphs = Graphs(self.device)
@@ -153,7 +154,7 @@ class Stage:
 
     def _prefill(self, place: Place, arena: Arena, reference: Tensor) -> None:
         assert self.dit is not None and place.text is not None and place.motion is not None
-        tokens = self.dit.sink_tokens(reference.to(self.device), place.motion)
+        tokens = self.dit.sink_tokens(reference.to(self.device, non_blocking=True), place.motion)
         self.dit.prefill(self.workspace, arena, self.sink_tables, place.text, tokens)
 
     def prepare_sink(self, number: int, reference: Tensor) -> None:

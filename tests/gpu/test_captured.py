@@ -14,7 +14,8 @@ from bench.random_model import Model, counters, launches
 from liverelay.engine.models.workspace import STAGED, Staging
 from liverelay.engine.relay.graph import Graphs
 from liverelay.engine.relay.handoff import LocalLink
-from liverelay.engine.relay.plan import StagePlan
+from liverelay.engine.relay.pipeline import local_pipeline
+from liverelay.engine.relay.plan import Plan, StagePlan
 from liverelay.engine.relay.remote import self_loop
 from liverelay.engine.relay.stage import Stage, set_device
 
@@ -129,7 +130,17 @@ def test_a_whole_line_does_not_allocate_and_nccl_changes_nothing(model: Model) -
             watched.line.close()
         frames.append(got)
         assert not any(found["allocated"].values()), found["allocated"]
+    torch.distributed.destroy_process_group()
     assert all(map(np.array_equal, *frames))
+
+
+def test_a_gpu_without_its_number_is_the_current_one(model: Model) -> None:
+    stage = model.stage(StagePlan(ALL, True, "cuda"))
+    line = local_pipeline(Plan((stage.plan,)), model.spec, [stage])
+    serial = line.open(model.given)
+    frames = line.request(serial, 0, model.sound[0], model.distances[0]).result(timeout=120)
+    line.close()
+    assert stage.device == model.device and frames.dtype == np.uint8 and len(frames) == 9
 
 
 def test_staged_writes_keep_their_order_however_far_the_host_is_ahead(device: torch.device) -> None:
