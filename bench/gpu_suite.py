@@ -1,8 +1,9 @@
 """`python -m bench.gpu_suite`: everything that wants a GPU, in one command of bounded length.
 
-Tests of the kernels, tests against kept and published tensors, microbenchmarks, the full-size block-step: each part in
-processes of its own with its own time box, so that neither a failure nor a hang stops the others. OUT gets suite.json,
-written anew after every part, and one log for each part. Nothing needs to be installed but what the parts import.
+Tests of the kernels, of the stage loop and against kept and published tensors, the engine's own stages and a whole
+line at full size, the full-size block-step, microbenchmarks: each part in processes of its own with its own time box,
+so that neither a failure nor a hang stops the others. OUT gets suite.json, written anew after every part, and one log
+for each part. Nothing needs to be installed but what the parts import.
 """
 
 from __future__ import annotations
@@ -23,8 +24,13 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD = "LIVERELAY_TEST_SHARD"  # "i/n": this process runs every n-th collected test, from i on
+# Of each part: its turn, and its share of the time. What was measured least comes first, in case the time runs out.
+TURNS = {
+    "kernels": (0, 3.5), "tests": (0, 3.5), "line": (1, 2.5), "line-all": (2, 3.0), "line-bf16": (3, 1.5),
+    "stage": (4, 2.0), "fp8": (5, 1.0), "fp8-all": (6, 1.0), "micro": (7, 5.0),
+}  # fmt: skip
 NOTHING_COLLECTED = 5  # pytest's exit status
-TESTS = ("tests/test_golden.py", "tests/test_regression.py")
+TESTS = ("tests/test_golden.py", "tests/test_regression.py", "tests/gpu")
 ECHO = 5000  # characters of each log that are printed: what reads our output may keep little of it
 
 
@@ -193,25 +199,30 @@ def suite(preset: str, gpu: bool, out: Path, seconds: float) -> list[Part]:
     pytest = (python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow")
     sharded = (*pytest, "-p", "bench.gpu_suite")
     shards = min(10, max(1, cores * 2 // 3)) if gpu else min(2, cores)
-    there = tuple(path for path in TESTS if (ROOT / path).is_file())
+    there = tuple(path for path in TESTS if (ROOT / path).exists())
     plain = {name: value for name, value in tests.items() if name != "TRITON_INTERPRET"}
     size = "production" if gpu else "small"
-    micro = (python, "-m", "bench.micro", "--dims", size, "--json", str(out / "micro.json"))
-    micro += ("--budget", f"{0.5 * seconds:.0f}", "--plot", str(out / "roofline.png"))
-    micro += () if gpu else ("--device", "cpu", "--seconds", "0.02")
-    stage = (python, "-m", "bench.stage_14b", "--preset", preset, "--json", str(out / "stage.json"))
-    stage += () if gpu else ("--device", "cpu", "--seconds", "0.2", "--compile-seconds", "0")
-    products, both = (  # the last one given counts
-        (*stage, "--fp8", what, "--compile-seconds", "0", "--json", str(out / f"{name}.json"))
-        for what, name in (("products", "fp8"), ("all", "fp8-all"))
-    )
+    micro = ["--dims", size, "--budget", f"{0.25 * seconds:.0f}", "--plot", str(out / "roofline.png")]
+    micro += [] if gpu else ["--device", "cpu", "--seconds", "0.02"]
+    stage = ["--preset", preset, *([] if gpu else ["--device", "cpu", "--seconds", "0.2", "--compile-seconds", "0"])]
+    line = ["--preset", preset, *([] if gpu else ["--device", "cpu", "--seconds", "0.05", "--blocks", "2"])]
+    products, both = (["--compile-seconds", "0", "--fp8", what] for what in ("products", "all"))
+    both += ["--backends", "triton,fastest"] if gpu else []  # plain PyTorch takes seconds for a step
+
+    def part(name: str, module: str, *flags: str) -> Part:
+        command = (python, "-m", f"bench.{module}", *flags, "--json", str(out / f"{name}.json"))
+        return Part(name, (command,), *TURNS[name], base, f"{name}.json")
+
     return [
-        Part("kernels", ((*sharded, "tests/kernels"),) * shards, 0, 3.0, tests, sharded=True),
-        Part("tests", ((*sharded, *there),) * min(2, shards), 0, 3.0, plain, sharded=True),
-        Part("micro", (micro,), 1, 6.0, base, "micro.json"),
-        Part("stage", (stage,), 2, 2.5, base, "stage.json"),
-        Part("fp8", (products,), 3, 1.0, base, "fp8.json"),
-        Part("fp8-all", (both,), 4, 1.0, base, "fp8-all.json"),
+        Part("kernels", ((*sharded, "tests/kernels"),) * shards, *TURNS["kernels"], tests, sharded=True),
+        Part("tests", ((*sharded, *there),) * min(4, shards), *TURNS["tests"], plain, sharded=True),
+        part("line", "line_14b", *line, "--fp8", "products", "--parts", "stage,line"),
+        part("line-all", "line_14b", *line, "--fp8", "all"),
+        part("line-bf16", "line_14b", *line, "--parts", "stage,line"),
+        part("stage", "stage_14b", *stage),
+        part("fp8", "stage_14b", *stage, *products),
+        part("fp8-all", "stage_14b", *stage, *both),
+        part("micro", "micro", *micro),
     ]
 
 
@@ -244,9 +255,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def conclude(outcomes: Sequence[Outcome]) -> int:
     """The final table; 0 when all parts passed."""
-    print(f"\n{'part':8}  {'state':9}  {'s':>4}  headline")
+    print(f"\n{'part':9}  {'state':9}  {'s':>4}  headline")
     for outcome in outcomes:
-        print(f"{outcome.name:8}  {outcome.state:9}  {outcome.seconds:4.0f}  {outcome.headline}")
+        print(f"{outcome.name:9}  {outcome.state:9}  {outcome.seconds:4.0f}  {outcome.headline}")
     return 0 if outcomes and all(outcome.state == "passed" for outcome in outcomes) else 1
 
 

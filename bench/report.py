@@ -10,13 +10,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench import micro, stage_14b, timing
+from bench import line_14b, micro, stage_14b, timing
 from bench.timing import Ceilings
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 STAGES = {
     "stage": "Block-step in bfloat16", "fp8": "Products in FP8, attention in bfloat16",
     "fp8-all": "Products and attention in FP8",
+}  # fmt: skip
+LINES = {
+    "line-bf16": "Stages and line in bfloat16", "line": "Stages and line, products in FP8",
+    "line-all": "Stages and line, products and attention in FP8",
 }  # fmt: skip
 
 
@@ -33,6 +37,9 @@ def page(suite: dict[str, Any], name: str, docs: Path) -> str:
         f"torch {machine['torch']}, triton {machine['triton']}. Columns: [bench/README.md](../bench/README.md).", "",
     ]  # fmt: skip
     lines += [f"- {part}: {one['headline']}" for part, one in found.items() if part in ("kernels", "tests")]
+    for part, title in LINES.items():
+        if result := found.get(part, {}).get("result"):
+            lines += ["", f"## {title}, 14B, 704x384", "", "```", line_14b.report(result), "```"]
     for part, title in STAGES.items():
         if result := found.get(part, {}).get("result"):
             lines += ["", f"## {title}, 14B, 704x384, full ring", "", ceilings_of(result).text + ".", ""]

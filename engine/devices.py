@@ -32,6 +32,13 @@ def check_device(device: str) -> str:
     return device
 
 
+def numbered(device: str) -> torch.device:
+    """The device by name, a GPU with its number: `cuda` is the calling thread's current one, and other threads have
+    their own."""
+    found = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
+
+
 def use_exact_float32(device: str, dtype: torch.dtype) -> None:
     """Where float32 was asked for, a GPU's convolutions are float32 too: cuDNN's default is TF32 (for the process)."""
     if dtype == torch.float32 and torch.device(device).type == "cuda":

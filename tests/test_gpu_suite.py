@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_suite, micro, stage_14b, timing
+from bench import gpu_suite, line_14b, micro, report, stage_14b, timing
 from bench.gpu_suite import Part, conclude, run_parts
 from liverelay.kernels.registry import KERNELS
 
@@ -268,16 +268,14 @@ def test_random_weights_do_not_depend_on_the_order_they_are_asked_for() -> None:
         assert torch.equal(other[key], first[key]) and tuple(first[key].shape) == one.shapes[key]
 
 
-def test_a_step_without_copies_from_the_host_repeats_the_last_one() -> None:
+def test_the_devices_part_of_a_step_repeats_it_until_the_host_decides_anew() -> None:
     config, size = stage_14b.PRESETS["tiny"]
     with torch.inference_mode():
         bench = stage_14b.Bench(config, stage_14b.Geometry(*size, config.head_dim), CPU, torch.float32)
         dit, start = bench.make("torch"), bench.start
         eager = bench.step(dit, start).clone()
-        with bench.frozen_host():
-            assert torch.equal(bench.step(dit, start), eager)
-            later = start + bench.geometry.ring_frames  # the same slot, other angles: not taken while frozen
-            assert torch.equal(bench.step(dit, later), eager)
+        assert torch.equal(bench.compute(dit), eager)
+        later = start + bench.geometry.ring_frames  # the same slot, other angles
         assert not torch.equal(bench.step(dit, later), eager)
 
 
@@ -303,6 +301,42 @@ def test_tiny_stage_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "FPS" in str(read(path)["headline"])
 
 
+# -- the line ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fp8", ["", "all"])
+def test_tiny_line_on_the_cpu(fp8: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "line.json"
+    arguments = ["--preset", "tiny", "--device", "cpu", "--seconds", "0.02", "--blocks", "2", "--json", str(path)]
+    assert line_14b.main([*arguments, *(["--fp8", fp8] if fp8 else [])]) == 0
+    printed = capsys.readouterr().out
+    result, kept = json.loads(printed.splitlines()[-1]), read(path)
+    assert kept["parts"] == result["parts"] and "FPS" in str(kept["headline"])
+    stage, line, loop = (result["parts"][name] for name in ("stage", "line", "loop"))
+    assert stage["equal"] and stage["eager"]["s"] > 0 and stage["captured"]["s"] > 0
+    assert line["steady_fps"] > 0 and line["figures"]["blocks"] == line_14b.STEADY + 2
+    split = line["vae"]["parts_s"]
+    assert {"residual 64x128", "up 8x16", "to_uint8", "rest"} <= set(split)
+    assert loop["equal"] and loop["NCCL to itself"]["steady_fps"] > 0
+    assert line_14b.report(result) in printed
+
+
+def test_a_line_that_differs_allocates_or_fails_is_a_fault() -> None:
+    parts = {"stage": {"equal": False}, "line": {"allocated": {"num_alloc_retries": 1}}, "loop": {"error": "no NCCL"}}
+    result = {"fp8": "", "dtype": "torch.bfloat16", "parts": parts}
+    assert len(line_14b.faults(result)) == 3 and line_14b.headline(result).count("FAULT") == 3
+    skipped = {"fp8": "all", "dtype": "torch.bfloat16", "parts": {"line": {"skipped": "needs 87 GiB"}}}
+    assert not line_14b.faults(skipped) and "needs 87 GiB" in line_14b.report(skipped)
+
+
+def test_the_report_has_the_tables_of_every_part(tmp_path: Path) -> None:
+    shown = {"fp8": "all", "dtype": "torch.bfloat16", "parts": {"line": {"skipped": "needs 87 GiB"}}}
+    parts = [{"name": "tests", "headline": "7 passed"}, {"name": "line-all", "result": shown}]
+    suite = {"machine": {"gpu": "GPU X", "torch": "1", "triton": "2"}, "parts": parts}
+    text = report.page(suite, "x", tmp_path)
+    assert "# GPU X" in text and "- tests: 7 passed" in text and "needs 87 GiB" in text
+
+
 @pytest.mark.slow
 def test_the_whole_suite_runs_dry_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
@@ -310,10 +344,11 @@ def test_the_whole_suite_runs_dry_on_the_cpu(tmp_path: Path, capfd: pytest.Captu
     assert gpu_suite.main(["--out", str(tmp_path), "--preset", "tiny", "--minutes", "25"]) == 0
     table = capfd.readouterr().out.rpartition("headline")[2].strip().splitlines()
     assert [line.split()[:2] for line in table] == [
-        [name, "passed"] for name in ("kernels", "tests", "micro", "stage", "fp8", "fp8-all")
+        [name, "passed"] for name in gpu_suite.TURNS
     ]
     kept = read(tmp_path / "suite.json")
     results = {part["name"]: part["result"] for part in kept["parts"]}  # type: ignore[attr-defined]
     assert {row["kernel"] for row in results["micro"]["rows"]} == {spec.name for spec in KERNELS}
     assert set(results["stage"]["backends"]) == {"torch", "triton", "fastest"}
+    assert set(results["line-all"]["parts"]) == {"stage", "line", "loop"}
     assert {path.suffix for path in tmp_path.iterdir()} <= {".log", ".json", ".png"}

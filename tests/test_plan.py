@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from liverelay.engine.devices import numbered
 from liverelay.engine.errors import InputError
 from liverelay.engine.relay.plan import Plan, StagePlan, balanced_plan, parse_plan
 
@@ -43,3 +45,10 @@ def test_the_slowest_stage_is_as_fast_as_can_be(count: int, share: float, text: 
     expected = parse_plan(text, [str(n) for n in range(text.count(",") + 1)])
     assert slowest == max(len(stage.steps) + share * stage.decode for stage in expected.stages)
     assert len(plan.stages) == len(expected.stages)
+
+
+def test_a_gpu_without_a_number_is_the_threads_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    for name, number in (("cuda", 2), ("cuda:0", 0), ("cuda:1", 1)):
+        assert numbered(name) == torch.device("cuda", number)
+    assert numbered("cpu") == torch.device("cpu")

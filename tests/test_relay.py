@@ -16,6 +16,7 @@ from liverelay.engine.config import StreamConfig
 from liverelay.engine.engine import Engine
 from liverelay.engine.errors import InputError, LiveRelayError
 from liverelay.engine.models.geometry import Geometry
+from liverelay.engine.relay import loop
 from liverelay.engine.relay.messages import Block, Clean, Done, Event, Tensors
 from liverelay.engine.relay.pipeline import Pipeline, local_pipeline
 from liverelay.engine.relay.plan import parse_plan
@@ -222,6 +223,20 @@ def test_a_closed_line_says_so_to_everybody(parts: Parts, rng: torch.Generator) 
     assert all(future.done() or future.cancelled() for future in futures)
     with pytest.raises(LiveRelayError, match="closed"):
         line.open(given)
+    line.close()
+
+
+def test_a_stage_that_cannot_begin_says_so(
+    parts: Parts, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(device: torch.device) -> None:
+        raise ValueError("no such device")
+
+    monkeypatch.setattr(loop, "set_device", fail)
+    line = make_line(parts, "0+1,2+3+vae")
+    given, blocks = session(parts, rng, 1)
+    with pytest.raises(ValueError, match="no such device"):
+        ask(line, line.open(given), 0, blocks[0]).result(timeout=60)
     line.close()
 
 

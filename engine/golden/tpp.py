@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from liverelay.engine.config import RankEnvironment, StreamConfig
+from liverelay.engine.devices import numbered
 from liverelay.engine.errors import InputError
 from liverelay.engine.golden import GoldenOptions, given, read_json, read_tensors
 from liverelay.engine.golden.dit import load_dit, read_geometry, unbatched
@@ -77,7 +77,7 @@ def make_line(
     """Stages in this process or over several, and what ends them; None where this one has served."""
     ranks, asked = RankEnvironment.read(), options.line or LineOptions(options.device)
     plan = make_plan(asked, ranks, len(spec.schedule.timesteps))
-    if any(torch.device(device) != dit.device for device in plan.devices):
+    if any(numbered(device) != dit.device for device in plan.devices):
         raise InputError(f"given tensors are computed on one device; give {dit.device} as often as there are stages")
     if ranks is None:
         stages = [Stage(part, spec, dit, None, dit.dtype) for part in plan.stages]

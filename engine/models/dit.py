@@ -32,7 +32,7 @@ from liverelay.engine.models.layers import (
 )
 from liverelay.engine.models.weights import Linear
 from liverelay.engine.models.workspace import Workspace
-from liverelay.kernels import dispatch
+from liverelay.kernels import dispatch, torch_ops
 from liverelay.kernels.attention_backends import Attention, candidates, fastest, fp8_candidates, named, try_out
 from liverelay.kernels.contract import Norm, Scales, Update
 
@@ -202,7 +202,7 @@ class DiT:
         """
         sink, reference = ws.geometry.sink_tokens, ws.geometry.frame_tokens
         x, h = ws.x[:sink].copy_(tokens), ws.h[:sink]
-        ws.place.fill(0, sink, False)
+        ws.fill(0, sink, False)
         raw = ws.y[2][:sink].view(sink, self.config.num_heads, -1)
         last = len(self.weights.layers) - 1
         scale = _rows(ws.h_scale, sink)
@@ -237,19 +237,25 @@ class DiT:
 
     def fill_block(self, ws: Workspace, arena: Arena, start_frame: int, reference_position: int) -> None:
         """The part of a block-step that the host decides: positions, ring slot and valid rows, into device buffers."""
-        geometry = ws.geometry
-        ws.block_rope.fill_times(start_frame)
-        moved = reference_position != arena.reference_position
-        if moved:
-            ws.reference_rope.fill_times(reference_position)
-            arena.reference_position = reference_position
-        ws.place.fill(geometry.slot_row(start_frame), geometry.valid_tokens(start_frame), moved)
+        geometry, moved = ws.geometry, reference_position != arena.reference_position
+        arena.reference_position = reference_position
+        row, valid = geometry.slot_row(start_frame), geometry.valid_tokens(start_frame)
+        ws.fill(row, valid, moved, (start_frame, reference_position))
+
+    def variant(self, ws: Workspace) -> tuple[int, ...]:
+        """What of `fill_block` is in the launches of `compute_block` themselves: a graph holds for these numbers.
+
+        Ring slot and fill level; in plain PyTorch also whether the sink moves, which our kernel reads on the device.
+        """
+        place = ws.place
+        return (place.row, place.valid, *([place.moved] if self.ops.qk_norm_rope is torch_ops.qk_norm_rope else []))
 
     def compute_block(
         self, ws: Workspace, arena: Arena, tables: TimestepTables, latent: Tensor,
         conditions: tuple[TextCondition, AudioCondition, Tensor], *, tap: Tap | None = None,
     ) -> Tensor:
-        """The rest of it, which a graph can capture for a ring slot (ws.place.row) and fill level (ws.place.valid)."""
+        """The rest of it, which a graph can capture; see `variant`."""
+        ws.spread_times()
         tokens, eps = ws.geometry.block_tokens, self.config.eps
         text, audio, pose = conditions
         patch, x, h = self.weights.patch, ws.x[:tokens], ws.h[:tokens]

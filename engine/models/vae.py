@@ -108,9 +108,9 @@ class VAE:
         """Warm a new stream up with the first motion latents [16, 7, h, w]; the frames are of no use (spec 2.5)."""
         return self.decode(motion.to(self.device), cache)
 
-    def to_uint8(self, frames: Tensor) -> Tensor:
+    def to_uint8(self, frames: Tensor, out: Tensor | None = None) -> Tensor:
         """Frames [3, T, H, W] in [-1, 1] -> bytes [T, H, W, 3], truncated as published (spec section 7)."""
-        result: Tensor = self.ops.to_uint8(frames)
+        result: Tensor = self.ops.to_uint8(frames, out)
         return result
 
     # -- the two halves --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""CUDA graphs of a stage's steps: captured once for every ring slot and fill level, then replayed.
+"""CUDA graphs of a stage's work: captured once for every ring slot and fill level of a place, then replayed.
 
 Positions, ring slot, latent and sound come from static device buffers, so a replay is the same launches on other
 numbers. Between them nothing is allocated and Python does nothing for a layer. Elsewhere the work simply runs.
@@ -6,35 +6,67 @@ numbers. Between them nothing is allocated and Python does nothing for a layer. 
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import threading
 from collections.abc import Callable, Hashable
 
 import torch
 
+# One capture at a time in the process: PyTorch's allocator and its graphs know of one only. Whoever else would wait for
+# a whole device meanwhile (torch.cuda.synchronize) spoils the capture: stages wait for events alone.
+_capturing = threading.Lock()
+
 
 class Graphs:
-    """Captured work by key. All graphs of a stage share one memory pool, because they run in turn."""
+    """Captured work by key, of one stage and in its thread.
+
+    All graphs share one memory pool, because they run in turn, and one stream to be captured on: PyTorch's own would
+    be on the device of whoever captured first. The memory that they work on is a place's, which is never made anew, so
+    they stay valid for all sessions that the place is given to.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.enabled = device.type == "cuda"
         self.captured: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
+        self._stream = torch.cuda.Stream(device) if self.enabled else None
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
         """Do the work: the first time of a key as it stands, and capture it then; later replay.
 
         The first run is what loads kernels and libraries; capturing computes nothing, so the result is that of one run.
+        Work that cannot be captured is run as it stands for ever, which is said once.
         """
-        if not self.enabled:
-            work()
-        elif key in self.captured:
-            self.captured[key].replay()
-        else:
-            work()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                work()
-            self.captured[key] = graph
+        if key in self.captured:
+            return self.captured[key].replay()
+        work()
+        if self.enabled:
+            try:
+                self.captured[key] = self._capture(work)
+            except Exception as error:  # of a library that waits for the device, or of memory: eager is right, too
+                self.enabled = False
+                self._clear_up()
+                reason = str(error.__context__ or error).strip() or repr(error)
+                logging.getLogger(__name__).warning(
+                    "%s: no CUDA graphs, launches one by one: %s", self._device, reason.splitlines()[0]
+                )
 
-    def forget(self) -> None:
-        """Free what was captured: the buffers it works on have changed."""
-        self.captured.clear()
+    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Not through torch.cuda.graph, which waits for the device and empties its caches before each capture."""
+        graph = torch.cuda.CUDAGraph()
+        with _capturing, torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        return graph
+
+    def _clear_up(self) -> None:
+        """After a failed capture PyTorch before 2.12 believes that it goes on: its allocator would fail to free memory
+        for others. It has no public name for the end."""
+        if self._stream is not None and self._pool is not None:
+            with contextlib.suppress(RuntimeError, AttributeError):  # where it knows of the end by itself
+                torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)

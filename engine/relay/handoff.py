@@ -57,10 +57,18 @@ class LocalLink:
     """Within one process: from thread to thread, and from GPU to GPU where the stages' devices differ."""
 
     def __init__(self, shapes: Shapes, device: torch.device | str, dtype: torch.dtype) -> None:
+        self._names, self._gpu, self._dtype = tuple(shapes), torch.device(device).type == "cuda", dtype
         self._free: queue.SimpleQueue[tuple[Parcel, torch.cuda.Event | None] | None] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[tuple[Parcel, torch.cuda.Event | None] | None] = queue.SimpleQueue()
         for _ in range(BUFFERS):
             self._free.put((Parcel(shapes, device, dtype), None))
+
+    def prepare(self, parts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Parts that are given from outside, so that `send` waits for no device: pinned and of the link's dtype."""
+        if not self._gpu:
+            return parts
+        given = {name: parts[name].to(dtype=self._dtype) for name in self._names}
+        return {name: part if part.is_cuda else part.pin_memory() for name, part in given.items()}
 
     def expect(self) -> None:
         """Nothing to do: the sender writes into our buffers itself."""

@@ -50,7 +50,6 @@ class StageLoop:
         self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self.working_since: float | None = None  # when the command that is worked on was begun; the watchdog looks
         self._launched: deque[tuple[torch.cuda.Event, Callable[[], None]]] = deque()
-        self._frames: Tensor | None = None
 
     def put(self, command: Command) -> None:
         if isinstance(command, Block):
@@ -59,8 +58,8 @@ class StageLoop:
 
     def run(self) -> None:
         """Work until `Stop`. What goes wrong with a session is told and the loop goes on; its links' end ends it."""
-        set_device(self.stage.device)
         try:
+            set_device(self.stage.device)
             with torch.inference_mode():
                 while not isinstance(command := self._next(), Stop):
                     self._do(command)
@@ -104,9 +103,9 @@ class StageLoop:
         asked = time.perf_counter()
         self.source.receive(self.stage.parcel)
         begun, self.working_since = time.perf_counter(), time.monotonic()
-        started, finish = self._event(), None
+        started, answers = self._event(), list[Callable[[], Event]]()
         try:
-            finish = self._compute(command)
+            answers = self._compute(command)
         except Exception as error:  # the block goes on along the line, whose order is fixed; nobody takes its result
             self.emit(Failed(self.index, command.serial, error))
         computed, ended = self._event(), time.perf_counter()
@@ -117,8 +116,8 @@ class StageLoop:
             now = time.perf_counter()
             done, start = (ended, begun) if computed is None or started is None else (
                 now, now - 1e-3 * started.elapsed_time(computed))  # fmt: skip
-            if finish is not None:
-                finish()
+            for answer in answers:
+                self.emit(answer())
             self.emit(Done(self.index, command.serial, command.block, asked, start, done, time.perf_counter()))
 
         if computed is None:
@@ -127,30 +126,25 @@ class StageLoop:
             self._launched.append((computed, tell))
             self._settle(AHEAD)
 
-    def _compute(self, command: Block) -> Callable[[], None] | None:
+    def _compute(self, command: Block) -> list[Callable[[], Event]]:
         """Launch the stage's work on the parcel; returns what is to be told when it is done."""
         stage, serial, block = self.stage, command.serial, command.block
+        answers: list[Callable[[], Event]] = []
 
         def keep(step: int, latent: Tensor) -> None:
             self.emit(Stepped(self.index, serial, block, step, latent.clone()))
 
         stage.denoise(command.place, command, keep if command.keep else None)
         if stage.last_step and block == 0:
-            self.emit(Clean(self.index, serial, stage.parcel.parts["latent"][:, :1].cpu().clone()))
-        if not stage.plan.decode:
-            return None
-        video = stage.decode(command.place, block)
-        frames = None if video is None else self._to_host(video)
-        return lambda: self.emit(Finished(self.index, serial, block, None if frames is None else frames.numpy().copy()))
-
-    def _to_host(self, video: Tensor) -> Tensor:
-        """A copy in memory that the device writes while it goes on."""
-        if not video.is_cuda:
-            return video
-        self._settle(0)  # the block before it still has the buffer
-        if self._frames is None or len(self._frames) < len(video):
-            self._frames = torch.empty(video.shape, dtype=video.dtype, pin_memory=True)
-        return self._frames[: len(video)].copy_(video, non_blocking=True)
+            clean = on_host(stage.parcel.parts["latent"][:, :1].clone())
+            answers.append(lambda: Clean(self.index, serial, clean))
+        if stage.plan.decode:
+            video = stage.decode(command.place, block)
+            frames = None if video is None else on_host(video)
+            answers.append(
+                lambda: Finished(self.index, serial, block, None if frames is None else frames.numpy().copy())
+            )
+        return answers
 
     def _event(self) -> Any:
         if self.stage.device.type != "cuda":
@@ -165,3 +159,9 @@ class StageLoop:
             event, tell = self._launched.popleft()
             event.synchronize()
             tell()
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """The tensor itself where it is on the host; from a GPU a copy that is there when the GPU gets so far. It is in
+    pinned memory, which is scarce and comes round: what is to be kept is copied out of it."""
+    return tensor.to("cpu", non_blocking=True)

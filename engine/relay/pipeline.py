@@ -18,10 +18,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from liverelay.engine.errors import InputError, LiveRelayError
-from liverelay.engine.relay.handoff import Link, LocalLink
+from liverelay.engine.relay.handoff import Link, LocalLink, Shapes
 from liverelay.engine.relay.loop import StageLoop
 from liverelay.engine.relay.messages import (
     Block,
@@ -49,6 +50,7 @@ _open_lines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 STUCK_S = 1.0  # that a stage of a broken line is waited for
 DISPATCHED = 2  # blocks: one that the first stage works on, one that waits for it
 Observer = Callable[[Event], None]
+MakeLink = Callable[[Shapes, torch.device, torch.dtype], Link]
 
 
 class Worker(Protocol):
@@ -112,7 +114,7 @@ class Pipeline:
     """
 
     def __init__(
-        self, plan: Plan, spec: LineSpec, entry: Link, *, places: int = 1, observe: Observer | None = None
+        self, plan: Plan, spec: LineSpec, entry: LocalLink, *, places: int = 1, observe: Observer | None = None
     ) -> None:
         self.plan, self.spec, self.entry = plan, spec, entry
         self.workers: Sequence[Worker] = ()
@@ -194,6 +196,7 @@ class Pipeline:
 
         parts: as in a parcel, `latent` being the noise. deadline: when its first frame is due.
         """
+        parts = self.entry.prepare(parts)
         with self._lock:
             client = self._client(serial)
             future: Future[Any] = Future()
@@ -361,11 +364,14 @@ def _settle(future: Future[Any] | None, result: Any) -> None:
 
 
 def local_pipeline(
-    plan: Plan, spec: LineSpec, stages: Sequence[Stage], *, places: int = 1, observe: Observer | None = None
+    plan: Plan, spec: LineSpec, stages: Sequence[Stage], *, places: int = 1, observe: Observer | None = None,
+    make_link: MakeLink = LocalLink,
 ) -> Pipeline:
-    """All stages in threads of this process."""
-    links = [LocalLink(stage.spec.parcel_of(stage.plan), stage.device, stage.dtype) for stage in stages]
-    pipeline = Pipeline(plan, spec, links[0], places=places, observe=observe)
+    """All stages in threads of this process. make_link: of the links between them."""
+    entry, *others = [(stage.spec.parcel_of(stage.plan), stage.device, stage.dtype) for stage in stages]
+    first = LocalLink(*entry)
+    links: list[Link] = [first, *(make_link(*other) for other in others)]
+    pipeline = Pipeline(plan, spec, first, places=places, observe=observe)
     pipeline.workers = [
         LocalWorker(StageLoop(i, stage, links[i], links[i + 1] if i + 1 < len(links) else None, pipeline.handle))
         for i, stage in enumerate(stages)

@@ -3,6 +3,7 @@
 Every link has a process group of its own, used by one thread at each end. Receives are posted as soon as the leader
 has said that a block will come, into one of two static buffers; sends leave the stage's thread (gloo) or its stream
 (NCCL) at once. The first message of a pair sets the connection up, which takes up to a second: `warm_up` sends one.
+One GPU alone exercises NCCL by sending to itself (`SelfLoop`).
 """
 
 from __future__ import annotations
@@ -89,23 +90,68 @@ class GlooEnd:
             self.close()
 
 
-class NcclEnd:
-    """The same for NCCL, on a stream of its own: nothing waits for the device."""
+Ready = tuple[Parcel, torch.cuda.Event]  # a buffer, and the point of a stream from which on it may be used
+
+
+class NcclBuffers:
+    """What both kinds of links over NCCL share: buffers that are moved on a stream of their own, so that nothing waits
+    for the device, and the events between that stream and the stage's.
+
+    The buffers live as long as the link, so the allocator need not know of the second stream (`record_stream`).
+    """
+
+    def __init__(self, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> None:
+        self._shapes, self._device, self._dtype = shapes, device, dtype
+        self._stream = torch.cuda.Stream(device)
+        self._full: queue.SimpleQueue[Ready | None] = queue.SimpleQueue()
+
+    def _make(self) -> list[Ready]:
+        parcels = [Parcel(self._shapes, self._device, self._dtype) for _ in range(BUFFERS)]
+        made = self._mark(torch.cuda.current_stream(self._device))  # behind their zeros
+        return [(parcel, made) for parcel in parcels]
+
+    def _load(self, free: Ready, parcel: Parcel) -> Parcel:
+        """Copy a stage's parcel into a buffer; our stream goes on behind the copy."""
+        (target, sent), stream = free, torch.cuda.current_stream(self._device)
+        stream.wait_event(sent)
+        target.fill(parcel.parts)
+        self._stream.wait_event(self._mark(stream))
+        return target
+
+    def _unload(self, full: Ready | None, into: Parcel) -> Ready:
+        """Copy what has arrived into a stage's parcel; the buffer is free behind the copy."""
+        if full is None:
+            self._full.put(None)
+            raise LinkClosed
+        (parcel, arrived), stream = full, torch.cuda.current_stream(self._device)
+        stream.wait_event(arrived)
+        into.fill(parcel.parts)
+        return parcel, self._mark(stream)
+
+    @staticmethod
+    def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(stream)
+        return event
+
+
+class NcclEnd(NcclBuffers):
+    """One end of a link between two GPUs, each with a process of its own (NCCL refuses two ranks on one GPU)."""
 
     def __init__(
         self, shapes: Shapes, device: torch.device, dtype: torch.dtype, peer: int, group: Any, *, sends: bool
     ) -> None:
-        self._peer, self._group, self._sends, self._device = peer, group, sends, device
-        self._stream = torch.cuda.Stream(device)
-        made = self._mark(torch.cuda.current_stream(device))
-        self._free = deque((Parcel(shapes, device, dtype), made) for _ in range(BUFFERS))
-        self._full: queue.SimpleQueue[tuple[Parcel, torch.cuda.Event] | None] = queue.SimpleQueue()
+        super().__init__(shapes, device, dtype)
+        self._peer, self._group, self._sends = peer, group, sends
+        self._free = deque(self._make())
         self._due = 0  # receives that wait for a buffer
         self._lock = threading.Lock()
 
     def warm_up(self) -> None:
         """Exchange one message; both ends call it."""
-        self._move(torch.zeros(1, device=self._device))
+        word = torch.zeros(1, device=self._device)
+        self._stream.wait_event(self._mark(torch.cuda.current_stream(self._device)))
+        self._move(word)
         self._stream.synchronize()
 
     def expect(self) -> None:
@@ -123,24 +169,13 @@ class NcclEnd:
             self._full.put((parcel, self._mark(self._stream)))
 
     def receive(self, into: Parcel) -> None:
-        item = self._full.get()
-        if item is None:
-            self._full.put(None)
-            raise LinkClosed
-        parcel, arrived = item
-        stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(arrived)
-        into.fill(parcel.parts)
+        free = self._unload(self._full.get(), into)
         with self._lock:
-            self._free.append((parcel, self._mark(stream)))
+            self._free.append(free)
             self._post()
 
     def send(self, parcel: Parcel) -> None:
-        target, sent = self._free.popleft()
-        stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(sent)
-        target.fill(parcel.parts)
-        self._stream.wait_event(self._mark(stream))
+        target = self._load(self._free.popleft(), parcel)  # there is one: each send gives its buffer back at once
         self._move(target.flat)
         self._free.append((target, self._mark(self._stream)))
 
@@ -154,8 +189,63 @@ class NcclEnd:
             else:
                 dist.recv(tensor, self._peer, group=self._group)
 
-    @staticmethod
-    def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event()
-        event.record(stream)
-        return event
+
+class SelfLoop(NcclBuffers):
+    """A whole link over NCCL in one process: what one GPU can show of the way between two.
+
+    NCCL sends to itself where the send and the receive are in one group call; `dist.send` refuses, a batch does not.
+    """
+
+    def __init__(self, shapes: Shapes, device: torch.device, dtype: torch.dtype, group: Any) -> None:
+        super().__init__(shapes, device, dtype)
+        self._group = group
+        self._outgoing = deque(self._make())
+        self._free: queue.SimpleQueue[Ready | None] = queue.SimpleQueue()
+        for ready in self._make():
+            self._free.put(ready)
+
+    def warm_up(self) -> None:
+        word = torch.zeros(2, device=self._device)
+        self._stream.wait_event(self._mark(torch.cuda.current_stream(self._device)))
+        self._move(word[:1], word[1:])
+        self._stream.synchronize()
+
+    def expect(self) -> None:
+        """Nothing to do: the sender posts the receive beside its send."""
+
+    def receive(self, into: Parcel) -> None:
+        self._free.put(self._unload(self._full.get(), into))
+
+    def send(self, parcel: Parcel) -> None:
+        item = self._free.get()
+        if item is None:
+            self._free.put(None)
+            raise LinkClosed
+        source = self._load(self._outgoing.popleft(), parcel)
+        target, free = item
+        self._stream.wait_event(free)
+        self._move(source.flat, target.flat)
+        moved = self._mark(self._stream)
+        self._outgoing.append((source, moved))
+        self._full.put((target, moved))
+
+    def close(self) -> None:
+        self._free.put(None)
+        self._full.put(None)
+
+    def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        rank = dist.get_rank()
+        both = [dist.P2POp(dist.isend, source, rank, self._group), dist.P2POp(dist.irecv, target, rank, self._group)]
+        with torch.cuda.stream(self._stream):
+            for work in dist.batch_isend_irecv(both):
+                work.wait()  # our stream's, not ours
+
+
+def self_loop(shapes: Shapes, device: torch.device | str, dtype: torch.dtype) -> SelfLoop:
+    """A link that is ready for use; the process's group of one rank is made with the first."""
+    if not dist.is_initialized():
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("nccl", store=store, rank=0, world_size=1)
+    link = SelfLoop(shapes, torch.device(device), dtype, dist.new_group([dist.get_rank()]))
+    link.warm_up()
+    return link

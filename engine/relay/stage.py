@@ -11,12 +11,13 @@ from torch import Tensor
 
 from liverelay.engine.cache import Arena
 from liverelay.engine.config import StreamConfig
+from liverelay.engine.devices import numbered
 from liverelay.engine.errors import InputError
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import Geometry, reference_position
 from liverelay.engine.models.layers import TextCondition
 from liverelay.engine.models.sampler import Schedule, make_schedule
-from liverelay.engine.models.vae import VAE
+from liverelay.engine.models.vae import CHUNK, STRIDE, VAE
 from liverelay.engine.models.vae_layers import FeatureCache
 from liverelay.engine.relay.graph import Graphs
 from liverelay.engine.relay.handoff import Parcel
@@ -89,7 +90,7 @@ class Stage:
     def __init__(
         self, plan: StagePlan, spec: LineSpec, dit: DiT | None, vae: VAE | None, dtype: torch.dtype
     ) -> None:
-        self.plan, self.spec, self.device, self.dtype = plan, spec, torch.device(plan.device), dtype
+        self.plan, self.spec, self.device, self.dtype = plan, spec, numbered(plan.device), dtype
         self.dit, self.vae = (dit if plan.steps else None), (vae if plan.decode else None)
         self.parcel = Parcel(spec.parcel_of(plan), self.device, self.dtype)
         self.graphs = Graphs(self.device)
@@ -101,6 +102,10 @@ class Stage:
             self.sink_tables = self.dit.timestep_tables(0.0)
             self.shadow = self.dit.make_arena(spec.geometry, sink_only=True)
             self.audio = self.dit.audio_condition(self.parcel.parts["audio"], spec.geometry.frames_per_block)
+        if self.vae is not None:
+            frames, h, w = self.parcel.parts["latent"].shape[1:]
+            video = (CHUNK * frames, STRIDE * h, STRIDE * w, 3)
+            self.video = torch.empty(video, device=self.device, dtype=torch.uint8)  # of the block that was decoded last
 
     @property
     def last_step(self) -> bool:
@@ -114,6 +119,8 @@ class Stage:
         place, stream = self.places.get(number), self.spec.stream
         if place is None:
             place = self.places[number] = Place(self)
+            if self.graphs.enabled and len(self.places) == 1:
+                self.warm_up(number)
         motion = tensors["motion"].to(self.device)
         if self.shadow_of == number:
             self.shadow_of = NOBODY
@@ -131,9 +138,23 @@ class Stage:
             self.vae.prime(place.decoder, motion[:, : stream.prime_latents])
         return place
 
+    def warm_up(self, number: int) -> None:
+        """Capture what a place will need, on whatever its memory holds: the session that is opened then clears it.
+
+        For a stage's first place, whose first blocks would otherwise load every kernel. The graphs of a later one are
+        captured as its blocks come, each behind the block that is computed meanwhile, because others are being served.
+        """
+        place, spec = self.places[number], self.spec
+        slots = spec.geometry.ring_frames // spec.geometry.frames_per_block
+        for block in range(2 * slots - 1):  # until all slots have met a full ring
+            self.denoise(number, Block(number, NOBODY, block, (0,) * len(spec.schedule.timesteps)))
+        if self.vae is not None and place.decoder is not None:
+            place.decoder.first = not spec.stream.prime_latents
+            self.decode(number, 0)
+
     def _prefill(self, place: Place, arena: Arena, reference: Tensor) -> None:
         assert self.dit is not None and place.text is not None and place.motion is not None
-        tokens = self.dit.sink_tokens(reference.to(self.device), place.motion)
+        tokens = self.dit.sink_tokens(reference.to(self.device, non_blocking=True), place.motion)
         self.dit.prefill(self.workspace, arena, self.sink_tables, place.text, tokens)
 
     def prepare_sink(self, number: int, reference: Tensor) -> None:
@@ -158,7 +179,7 @@ class Stage:
         self.graphs.run("audio", self._hear)
         for step, arena in place.arenas.items():
             dit.fill_block(self.workspace, arena, start, reference_position(start, block.distances[step]))
-            key = (number, step, self.workspace.place.row, self.workspace.place.valid)
+            key = (number, step, *dit.variant(self.workspace))
             self.graphs.run(key, functools.partial(self._step, step, place))
             if on_step:
                 on_step(step, parts["latent"])
@@ -180,14 +201,23 @@ class Stage:
         dit.ops.euler_step(latent, flow, self.spec.schedule.step_size(step), latent)
 
     def decode(self, number: int, block: int) -> Tensor | None:
-        """The video of the parcel's latent, bytes [n, H, W, 3]; the stream's first frames are left out (spec 2.5)."""
+        """The video of the parcel's latent, bytes [n, H, W, 3], until the next block is decoded; the stream's first
+        frames are left out (spec 2.5)."""
         decoder = self.places[number].decoder
         if self.vae is None or decoder is None:
             return None
-        video = self.vae.decode(self.parcel.parts["latent"], decoder)
-        if block == 0:
-            video = video[:, self.spec.stream.dropped_frames :]
-        return self.vae.to_uint8(video)
+        first, count = decoder.first, len(self.video)
+        self.graphs.run((number, "decode", first), functools.partial(self._decode, decoder, first))
+        decoder.first = False  # a replayed graph sets nothing on the host
+        count -= (CHUNK - 1) * first
+        return self.video[self.spec.stream.dropped_frames if block == 0 else 0 : count]
+
+    def _decode(self, decoder: FeatureCache, first: bool) -> None:
+        """What a graph holds. first: as it was when the block came, whoever has run meanwhile."""
+        assert self.vae is not None
+        decoder.first = first
+        frames = self.vae.decode(self.parcel.parts["latent"], decoder)
+        self.vae.to_uint8(frames, self.video[: frames.shape[1]])
 
     # -- snapshots -------------------------------------------------------------------------------------------------
 
