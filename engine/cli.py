@@ -81,6 +81,7 @@ def _generate(a: argparse.Namespace) -> int:
     options = GenerateOptions(
         a.image, a.audio, a.prompt, a.out, size=a.size, max_area=a.max_area[0] * a.max_area[1], seed=a.seed,
         seconds=a.seconds, live=a.live, contact_sheet=a.contact_sheet, snapshot_every=a.snapshot_every,
+        reports=tuple(path for path in (a.telemetry, a.trace) if path is not None),
     )
     leads = ranks is None or ranks.rank == 0
     if leads:

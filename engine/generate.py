@@ -26,6 +26,7 @@ class GenerateOptions:
     """What to make. size (width, height) in pixels or None for the published rule under max_area; seconds: at most.
 
     snapshot_every: blocks, 0 for never: a run that is cut off can go on from its last snapshot (engine/recovery.py).
+    reports: files that the caller writes beside it, which must be none of the others.
     """
 
     image: Path
@@ -39,6 +40,7 @@ class GenerateOptions:
     live: bool = False
     contact_sheet: Path | None = None
     snapshot_every: int = 0
+    reports: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,20 @@ class Inputs:
 def check_outputs(options: GenerateOptions) -> None:
     """An error before any long work starts when a result could not be written in the end, or over an input."""
     container_of(options.out)
-    check_writable(options.out)
-    outputs = {"video": options.out}
+    outputs = [("video", options.out)]
     if options.contact_sheet is not None:
         picture_format(options.contact_sheet)
-        check_writable(options.contact_sheet)
-        if options.contact_sheet.resolve() == options.out.resolve():
-            raise OutputError(f"the contact sheet and the video are the same file, {options.out}")
-        outputs["contact sheet"] = options.contact_sheet
-    for what, path in outputs.items():
-        if path.resolve() in (options.image.resolve(), options.audio.resolve()):
+        outputs.append(("contact sheet", options.contact_sheet))
+    outputs += [("report", path) for path in options.reports]
+    names: dict[Path, str] = {}
+    for what, path in outputs:
+        check_writable(path)
+        real = path.resolve()
+        if real in (options.image.resolve(), options.audio.resolve()):
             raise OutputError(f"the {what} would overwrite the input {path}; give another name")
+        if real in names:
+            raise OutputError(f"the {names[real]} and the {what} are the same file, {path}")
+        names[real] = what
 
 
 def read_inputs(options: GenerateOptions) -> Inputs:
