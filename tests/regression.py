@@ -87,7 +87,9 @@ def make_tpp(folder: Path, clips: int = 2, blocks: int = 2) -> None:
     inputs["audio"] = numbers("sound", (1, 25, CONFIG.audio_dim, clips * frames * 4))
     meta = common(PUBLISHED) | {"weights": "weights.safetensors", "clips": clips, "blocks_per_clip": blocks}
     meta |= {"timesteps": list(schedule.timesteps), "sigmas": list(schedule.sigmas)}
-    meta["relative_distance_by_rank_and_global_block"] = [[30, 29, 28, 27 - rank] for rank in range(4)]
+    later = range(4, clips * blocks)
+    distances = [[30, 29, 28, 27 - rank, *(4 + (7 * i + rank) % 27 for i in later)] for rank in range(4)]
+    meta["relative_distance_by_rank_and_global_block"] = distances
     write(folder, {"weights": weights(dit_shapes(CONFIG)), "inputs": inputs}, {"meta": meta})
 
 
