@@ -21,7 +21,7 @@ endif
 INTERPRET := $(if $(shell nvidia-smi -L 2>/dev/null),,env TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1)
 SOURCES := setup.py pyproject.toml CMakeLists.txt engine/version.py $(wildcard csrc/*)
 
-.PHONY: setup demo test test-slow lint types bench clean
+.PHONY: setup demo test test-slow lint types bench bench-kernels clean
 
 setup: $(STAMP)
 
@@ -63,6 +63,9 @@ types: setup
 
 bench: setup
 	@$(RUN) -m bench.block_step_cpu
+
+bench-kernels: setup
+	@$(RUN) -m pytest -q bench/test_kernels.py
 
 clean:
 	rm -rf .venv build dist demo *.egg-info engine/*.so

@@ -31,8 +31,8 @@ EXTRAS = {
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 # The kernels are proven with the Triton that GPU machines have today; register counts differ between versions.
 EXTRAS["dev"] = [
-    'triton==3.6.0; platform_system == "Linux"', "pytest>=8", "ruff>=0.9", "mypy>=1.14", "pybind11>=2.13",
-    "cmake>=3.25", "ninja", "matplotlib>=3.8",
+    'triton==3.6.0; platform_system == "Linux"', "pytest>=8", "pytest-benchmark>=4", "ruff>=0.9", "mypy>=1.14",
+    "pybind11>=2.13", "cmake>=3.25", "ninja", "matplotlib>=3.8",
 ]
 
 

@@ -72,12 +72,15 @@ def through(flash_attn_func: Callable[..., Any]) -> Attention:
     return attention
 
 
-def specialised_attention() -> Attention | None:
-    """Our kernel in Gluon, for sm_90; None where this Triton's Gluon is missing or another one."""
+def specialised_attention(device: torch.device) -> dict[str, Attention]:
+    """Our kernel in Gluon, for sm_90; nothing where this Triton's Gluon is missing or another one."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return {}
     try:
-        return importlib.import_module("liverelay.kernels.attention_gluon").attention_specialised
+        kernels = importlib.import_module("liverelay.kernels.attention_gluon")
+        return {"triton-specialised": kernels.attention_specialised}
     except (ImportError, AttributeError, TypeError):
-        return None
+        return {}
 
 
 def candidates(device: torch.device, triton_works: bool) -> dict[str, Attention]:
@@ -96,10 +99,7 @@ def candidates(device: torch.device, triton_works: bool) -> dict[str, Attention]
         found["triton-pointer"] = kernels.attention_pointer
         if torch.version.hip:  # AMD's capability is another count, and the rest is made for NVIDIA
             return found
-        found["triton-descriptor"] = kernels.attention_descriptor
-        specialised = specialised_attention()
-        if specialised is not None and torch.cuda.get_device_capability(device) == (9, 0):
-            found["triton-specialised"] = specialised
+        found |= {"triton-descriptor": kernels.attention_descriptor} | specialised_attention(device)
     return found
 
 
@@ -121,7 +121,7 @@ def fp8_candidates(device: torch.device, triton_works: bool) -> dict[str, Attent
     found: dict[str, Attention] = {"triton-pointer": kernels.attention_pointer}
     if torch.cuda.get_device_capability(device) >= (9, 0):
         found["triton-descriptor"] = kernels.attention_descriptor
-    return found
+    return found | specialised_attention(device)
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""`attention_specialised`: the attention of kernels/attention.py for sm_90, where warps have different work (Gluon).
+"""`attention_specialised`, also of FP8: kernels/attention.py for sm_90, where warps have different work (Gluon).
 
 Math: softmax(q k^T / sqrt(d)) v over the first `valid` rows of k and v; online softmax in base 2, float32 accumulators,
 probabilities rounded to the working dtype before the second product. q, out [T, H, d]; k, v [N, H, d].
@@ -15,6 +15,13 @@ of `full`; the producer waits for the phase before it of `empty`, which a new ba
 `valid` may hold NaN, and 0 * NaN is NaN: that one tile is copied under the barrier `raw`, the producer writes zeros
 into those rows, fences, and arrives at `full` itself. The output is stored by TMA; its buffer is written again after
 the store has read it.
+
+FP8 (e4m3 codes and scales as in kernels/attention.py; v [H d, N]) differs in three places. Sums of FP8 products keep
+some 14 bits, so the second product of each tile is a sum of its own, added in float32. Scales of keys come with their
+tile. And weights leave the first product in other threads than the second wants them in: of each 16 keys a thread has
+2 t, 2 t + 1, 2 t + 8, 2 t + 9 where it needs 4 t to 4 t + 3. So keys are shuffled, which softmax does not mind: a view
+of five dimensions lets TMA put row 4 t + 2 h + j of each 16 at 8 h + 2 t + j. Only in the last tile, which may end
+anywhere, do keys keep their order and weights move between threads.
 """
 
 from __future__ import annotations
@@ -37,17 +44,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from liverelay.kernels import attention
-from liverelay.kernels.contract import Place
+from liverelay.kernels.contract import FP8, Place, Scales
 from liverelay.kernels.launch import arch, processors, refuse, run
 from liverelay.kernels.spec import arch_name
 
 # Triton 3.9 has other names for both, and keeps the old ones to say so.
 copy_in = getattr(tma, "async_load", tma.async_copy_global_to_shared)
 copy_out = getattr(tma, "async_store", tma.async_copy_shared_to_global)
-STAGES = {32: 4, 64: 4, 128: 2}  # of keys and of values, by head size: what 227 KiB of shared memory hold
-TILE_N = 128
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, FP8: gl.float8e4nv}
+TILE_N = gl.constexpr(128)
 HALF = gl.constexpr(64)  # queries of a group of four warps: the height of one wgmma
 REGISTERS = gl.constexpr([232, 40])  # of a thread of the second group and of the producer; the first group has 232 too
+# Four e4m3 codes as one number. A loop that carries codes would carry each byte in a register, and take them apart.
+PACK = gl.constexpr("""{ .reg .b16 low, high;
+    cvt.rn.satfinite.e4m3x2.f32 low, $5, $4;    cvt.rn.satfinite.e4m3x2.f32 high, $7, $6;
+    mov.b32 $0, {low, high};    mov.b32 $1, 0;    mov.b32 $2, 0;    mov.b32 $3, 0; }""")
+UNPACK = gl.constexpr("mov.b32 $0, $1;")
 
 
 @gluon.jit
@@ -59,37 +71,88 @@ def emptied(empty, step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def load_tile(descriptor, row, column, queue, step, STAGES: gl.constexpr):
+def corner(descriptor, row, head, TURNED: gl.constexpr):
+    """Where in memory a head's tile starts whose first token is `row`; TURNED: it is [channels, tokens]."""
+    if TURNED:
+        return (head * descriptor.block_type.shape[0], row)
+    else:
+        return (row, head * descriptor.block_type.shape[1])
+
+
+@gluon.jit
+def load_tile(descriptor, row, head, queue, step, STAGES: gl.constexpr, TURNED: gl.constexpr):
     """Copy one tile of keys or values into its stage; queue: buffers, full, empty."""
     buffers, full, empty = queue
     stage = emptied(empty, step, STAGES)
     mbarrier.expect(full.index(stage), descriptor.block_type.nbytes)
-    copy_in(descriptor, [row, column], full.index(stage), buffers.index(stage))
+    copy_in(descriptor, corner(descriptor, row, head, TURNED), full.index(stage), buffers.index(stage))
 
 
 @gluon.jit
-def load_last_values(descriptor, row, column, queue, raw, step, turn, left, TILE_N: gl.constexpr,
-                     HEAD_DIM: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """As `load_tile`, with zeros from row `left` on."""
+def load_keys(sources, row, head, queue, step, LAST: gl.constexpr, STAGES: gl.constexpr, FP8: gl.constexpr):
+    """`load_tile` of keys, in FP8 with their scales and shuffled, but for the last tile."""
+    k, shuffled, k_scales, k_scale_head, k_scales_s = sources
+    if FP8:
+        buffers, full, empty = queue
+        stage = emptied(empty, step, STAGES)
+        mbarrier.expect(full.index(stage), k.block_type.nbytes + k_scales.block_type.nbytes)
+        copy_in(k_scales, [head * k_scale_head + row], full.index(stage), k_scales_s.index(stage))
+        if LAST:
+            copy_in(k, corner(k, row, head, False), full.index(stage), buffers.index(stage))
+        else:
+            tile = buffers.index(stage).reshape(shuffled.block_type.shape)
+            column = head * k.block_type.shape[1]
+            copy_in(shuffled, [row // 16, 0, 0, 0, column], full.index(stage), tile)
+    else:
+        load_tile(k, row, head, queue, step, STAGES, False)
+
+
+@gluon.jit
+def clear_rows(tile, left):
+    """Zeros in a tile [TILE_N, HEAD_DIM] of 16 bits from row `left` on."""
+    HEAD_DIM: gl.constexpr = tile.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [1, 1], [1, 0])
-    buffers, full, empty = queue
-    stage = emptied(empty, step, STAGES)
-    tile = buffers.index(stage)
-    mbarrier.expect(raw, descriptor.block_type.nbytes)
-    copy_in(descriptor, [row, column], raw, tile)
-    mbarrier.wait(raw, turn)
     for first in gl.static_range(0, TILE_N, 8):  # few registers, and most rows of most tiles need nothing
         if first + 8 > left:
             rows = tile.slice(first, 8)
             place = first + gl.arange(0, 8, layout=gl.SliceLayout(1, LAYOUT))
             values = rows.load(LAYOUT)
             rows.store(gl.where((place < left)[:, None], values, gl.zeros_like(values)))
+
+
+@gluon.jit
+def clear_columns(tile, left):
+    """Zeros in a tile [HEAD_DIM, TILE_N] of 8 bits from column `left` on; four columns at a time are one number."""
+    HEAD_DIM: gl.constexpr = tile.shape[0]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [512 // TILE_N, TILE_N // 16], [1, 1], [1, 0])
+    WORDS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=TILE_N, element_bitwidth=32)
+    words = tile._reinterpret(gl.int32, [HEAD_DIM, TILE_N // 4], WORDS)
+    kept = left - 4 * gl.arange(0, TILE_N // 4, layout=gl.SliceLayout(0, LAYOUT))
+    mask = gl.where(kept > 3, -1, (1 << 8 * gl.minimum(gl.maximum(kept, 0), 3)) - 1)
+    for first in gl.static_range(0, HEAD_DIM, 16):  # few registers
+        rows = words.slice(first, 16)
+        rows.store(rows.load(LAYOUT) & mask[None, :])
+
+
+@gluon.jit
+def load_last_values(v, row, head, queue, raw, step, turn, left, STAGES: gl.constexpr, FP8: gl.constexpr):
+    """As `load_tile`, with zeros from token `left` of the tile on."""
+    buffers, full, empty = queue
+    stage = emptied(empty, step, STAGES)
+    tile = buffers.index(stage)
+    mbarrier.expect(raw, v.block_type.nbytes)
+    copy_in(v, corner(v, row, head, FP8), raw, tile)
+    mbarrier.wait(raw, turn)
+    if FP8:
+        clear_columns(tile, left)
+    else:
+        clear_rows(tile, left)
     fence_async_shared()  # before the tensor cores' own reads
     mbarrier.arrive(full.index(stage), count=1)
 
 
 @gluon.jit
-def produce(q, k, v, raw, queues, work, TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr):
+def produce(q, v, sources, raw, queues, work, STAGES: gl.constexpr, FP8: gl.constexpr):
     """The loading warp. Order as the consumers need it: keys of the next step before values of this one."""
     queries, keys, values = queues
     q_s, q_full, q_empty = queries
@@ -99,37 +162,70 @@ def produce(q, k, v, raw, queues, work, TILE_N: gl.constexpr, HEAD_DIM: gl.const
     step = 0  # tiles of values so far
     turn = 0  # parity of the tiles of queries so far
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        column = tile // tiles_m * HEAD_DIM
+        head = tile // tiles_m
         first = tile % tiles_m * (2 * HALF)
-        load_tile(k, last * TILE_N, column, keys, step, STAGES)
+        load_keys(sources, last * TILE_N, head, keys, step, True, STAGES, FP8)
         for which in gl.static_range(2):
             mbarrier.wait(q_empty.index(which), turn ^ 1)
             mbarrier.expect(q_full.index(which), q.block_type.nbytes)
-            copy_in(q, [first + which * HALF, column], q_full.index(which), q_s.index(which))
+            copy_in(q, corner(q, first + which * HALF, head, False), q_full.index(which), q_s.index(which))
         for back in range(0, last + 1):
             if back < last:
-                load_tile(k, (last - 1 - back) * TILE_N, column, keys, step + 1, STAGES)
+                load_keys(sources, (last - 1 - back) * TILE_N, head, keys, step + 1, False, STAGES, FP8)
             if (back == 0) & (left < TILE_N):
-                load_last_values(v, last * TILE_N, column, values, raw, step, turn, left, TILE_N, HEAD_DIM, STAGES)
+                load_last_values(v, last * TILE_N, head, values, raw, step, turn, left, STAGES, FP8)
             else:
-                load_tile(v, (last - back) * TILE_N, column, values, step, STAGES)
+                load_tile(v, (last - back) * TILE_N, head, values, step, STAGES, FP8)
             step += 1
         turn ^= 1
 
 
 @gluon.jit
-def consume(WHICH: gl.constexpr, out, out_s, queues, work, qk_scale, TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr,
-            STAGES: gl.constexpr):  # fmt: skip
+def shuffled_scales(scales, LAYOUT: gl.constexpr, COLUMN: gl.constexpr):
+    """Scales in the order of shuffled keys; each thread reads those of four keys that follow each other."""
+    keys = scales.load(LAYOUT).reshape([TILE_N // 16, 4, 2, 2]).permute([0, 2, 1, 3]).reshape([TILE_N])
+    return gl.convert_layout(keys, COLUMN, assert_trivial=True)
+
+
+@gluon.jit
+def rounded(shares, DTYPE: gl.constexpr, WEIGHTS: gl.constexpr, SHUFFLED: gl.constexpr, FP8: gl.constexpr):
+    """Shares as the second product takes them. In FP8 the first of each four numbers holds codes."""
+    if not FP8:
+        return gl.convert_layout(shares.to(DTYPE), WEIGHTS)
+    else:
+        if SHUFFLED:  # in their keys' own order they are in the right threads
+            shares = shares.reshape([HALF, TILE_N // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([HALF, TILE_N])
+        shares = gl.convert_layout(shares, WEIGHTS, assert_trivial=SHUFFLED)
+        return gl.inline_asm_elementwise(PACK, "=r,=r,=r,=r,f,f,f,f", [shares], gl.int32, True, 4)
+
+
+@gluon.jit
+def mix(weights, tile, mixed, FP8: gl.constexpr):
+    """Start the second product: added to `mixed`, or in FP8, whose sums keep some 14 bits, a sum of its own."""
+    if FP8:
+        weights = gl.inline_asm_elementwise(UNPACK, "=r,r,r,r,r", [weights], tile.dtype, True, 4)
+        return warpgroup_mma(weights, tile.permute((1, 0)), gl.zeros_like(mixed), use_acc=False, is_async=True)
+    else:
+        return warpgroup_mma(weights, tile, mixed, is_async=True)
+
+
+@gluon.jit
+def consume(WHICH: gl.constexpr, out, out_s, queues, work, scaling, HEAD_DIM: gl.constexpr,
+            STAGES: gl.constexpr, FP8: gl.constexpr):  # fmt: skip
     """Four warps that compute half WHICH of every tile of queries."""
-    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_N, 16])
-    MIXED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16])
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MIXED, k_width=2)
+    DEPTH: gl.constexpr = 32 if FP8 else 16  # of one wgmma
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_N, DEPTH])
+    MIXED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, DEPTH])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MIXED, k_width=4 if FP8 else 2)
+    LIFT: gl.constexpr = 8.0 if FP8 else 0.0  # the largest share is 256, near the largest number of e4m3
     ROW: gl.constexpr = gl.SliceLayout(1, MIXED)
+    COLUMN: gl.constexpr = gl.SliceLayout(0, LOGITS)
     queries, keys, values = queues
     q_s, q_full, q_empty = queries
     k_s, k_full, k_empty = keys
     v_s, v_full, v_empty = values
     tiles_m, tiles, valid = work
+    qk_scale, q_scales, q_scale_head, tokens, v_scale, k_scales_s = scaling
     q = q_s.index(WHICH)
     last = gl.maximum(gl.cdiv(valid, TILE_N) - 1, 0)
     left = valid - last * TILE_N
@@ -137,19 +233,28 @@ def consume(WHICH: gl.constexpr, out, out_s, queues, work, qk_scale, TILE_N: gl.
     step = 0
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        row = tile % tiles_m * (2 * HALF) + WHICH * HALF
+        if FP8:
+            token = row + gl.arange(0, HALF, layout=gl.SliceLayout(1, LOGITS))
+            place = tile // tiles_m * q_scale_head + token
+            scale = qk_scale * gl.load(q_scales + place, mask=token < tokens, other=1.0)  # it is positive
+        else:
+            scale = qk_scale
         # The last tile of keys, alone: nothing to scale yet, and the only one that may have to be masked.
         stage = step % STAGES
         mbarrier.wait(q_full.index(WHICH), turn)
         mbarrier.wait(k_full.index(stage), step // STAGES & 1)
         asked = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(0, deps=(asked,))
+        if FP8:
+            logits *= k_scales_s.index(stage).load(COLUMN)[None, :]
         mbarrier.arrive(k_empty.index(stage), count=1)
-        inner = gl.arange(0, TILE_N, layout=gl.SliceLayout(0, LOGITS)) < left
-        logits = gl.where(inner[None, :], logits, float("-inf"))
-        highest = gl.max(logits, 1)
-        shares = gl.exp2(logits * qk_scale - (highest * qk_scale)[:, None])
+        logits = gl.where((gl.arange(0, TILE_N, layout=COLUMN) < left)[None, :], logits, float("-inf"))
+        highest = gl.max(logits, 1) * scale - LIFT
+        shares = gl.exp2(logits * (scale[:, None] if FP8 else scale) - highest[:, None])
         total = gl.sum(shares, 1)
-        weights = gl.convert_layout(shares.to(q_s.dtype), WEIGHTS)
+        shrink = gl.zeros_like(total)
+        weights = rounded(shares, q_s.dtype, WEIGHTS, False, FP8)
         mixed = gl.zeros([HALF, HEAD_DIM], gl.float32, layout=MIXED)
         mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1, pred=last > 0)
         for back in range(0, last):
@@ -157,34 +262,37 @@ def consume(WHICH: gl.constexpr, out, out_s, queues, work, qk_scale, TILE_N: gl.
             after = (step + 1) % STAGES
             asked = warpgroup_mma(q, k_s.index(after).permute((1, 0)), nothing, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(stage), step // STAGES & 1)
-            mixing = warpgroup_mma(weights, v_s.index(stage), mixed, is_async=True)
+            mixing = mix(weights, v_s.index(stage), mixed, FP8)
             logits = warpgroup_mma_wait(1, deps=(asked,))
+            if FP8:
+                logits *= shuffled_scales(k_scales_s.index(after), gl.SliceLayout(0, WEIGHTS), COLUMN)[None, :]
+                mixed = mixed * gl.convert_layout(shrink, ROW)[:, None]  # an iteration late: one multiply-add
             mbarrier.arrive(k_empty.index(after), count=1)
-            above = gl.maximum(highest, gl.max(logits, 1))
-            scaled = above * qk_scale
-            shrink = gl.exp2(highest * qk_scale - scaled)
-            shares = gl.exp2(logits * qk_scale - scaled[:, None])
+            above = gl.maximum(highest, gl.max(logits, 1) * scale - LIFT)
+            shrink = gl.exp2(highest - above)
+            shares = gl.exp2(logits * (scale[:, None] if FP8 else scale) - above[:, None])
             total = total * shrink + gl.sum(shares, 1)
             highest = above
             # The wait for the next keys stands here because ptxas moves no instruction over its loop. Without it the
             # second product is waited for first and the softmax comes after it: nothing would overlap.
             mbarrier.wait(k_full.index((step + 2) % STAGES), (step + 2) // STAGES & 1, pred=back + 1 < last)
-            mixed = warpgroup_mma_wait(0, deps=(mixing,))
+            product = warpgroup_mma_wait(0, deps=(mixing,))
             mbarrier.arrive(v_empty.index(stage), count=1)
-            mixed = mixed * gl.convert_layout(shrink, ROW)[:, None]
-            weights = gl.convert_layout(shares.to(q_s.dtype), WEIGHTS)
+            mixed = mixed + product if FP8 else product * gl.convert_layout(shrink, ROW)[:, None]
+            weights = rounded(shares, q_s.dtype, WEIGHTS, True, FP8)
             step += 1
         mbarrier.arrive(q_empty.index(WHICH), count=1)
         stage = step % STAGES
         mbarrier.wait(v_full.index(stage), step // STAGES & 1)
-        mixing = warpgroup_mma(weights, v_s.index(stage), mixed, is_async=True)
-        mixed = warpgroup_mma_wait(0, deps=(mixing,))
+        mixing = mix(weights, v_s.index(stage), mixed, FP8)
+        product = warpgroup_mma_wait(0, deps=(mixing,))
         mbarrier.arrive(v_empty.index(stage), count=1)
-        result = mixed * gl.convert_layout(1.0 / total, ROW)[:, None]
+        if FP8:
+            product = mixed * gl.convert_layout(shrink, ROW)[:, None] + product
+        result = product * gl.convert_layout((v_scale if FP8 else 1.0) / total, ROW)[:, None]
         tma.store_wait(0)
         out_s.index(WHICH).store(result.to(out_s.dtype))
         fence_async_shared()
-        row = tile % tiles_m * (2 * HALF) + WHICH * HALF
         copy_out(out, [row, tile // tiles_m * HEAD_DIM], out_s.index(WHICH))
         step += 1
         turn ^= 1
@@ -192,82 +300,96 @@ def consume(WHICH: gl.constexpr, out, out_s, queues, work, qk_scale, TILE_N: gl.
 
 
 @gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(made.index(i), count=ARRIVALS)
+    return made
+
+
+@gluon.jit
 def attention_specialised_kernel(
-    q, k, v, out, scalars, tokens, heads, rows, qk_scale, TILE_N: gl.constexpr, HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr, HAS_PLACE: gl.constexpr,
+    q, k, v, out, scalars, shuffled, q_scales, k_scales, q_scale_head, k_scale_head, tokens, heads, rows, qk_scale,
+    v_scale, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, HAS_PLACE: gl.constexpr, FP8: gl.constexpr,
 ):  # fmt: skip
     valid = gl.load(scalars + 1) if HAS_PLACE else rows
     tiles_m = gl.cdiv(tokens, 2 * HALF)
     tiles = tiles_m * heads
     q_s = gl.allocate_shared_memory(q.dtype, [2, HALF, HEAD_DIM], q.layout)
     k_s = gl.allocate_shared_memory(k.dtype, [STAGES, TILE_N, HEAD_DIM], k.layout)
-    v_s = gl.allocate_shared_memory(v.dtype, [STAGES, TILE_N, HEAD_DIM], v.layout)
+    v_s = gl.allocate_shared_memory(v.dtype, [STAGES, v.block_type.shape[0], v.block_type.shape[1]], v.layout)
     out_s = gl.allocate_shared_memory(out.dtype, [2, HALF, HEAD_DIM], out.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_scales_s = gl.allocate_shared_memory(gl.float32, [STAGES, TILE_N], k_scales.layout) if FP8 else k_s
     raw = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):  # each half has one reader
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=1)
-    for i in gl.static_range(STAGES):  # both halves read every tile of keys and values
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
     mbarrier.init(raw, count=1)
+    queries = (q_s, barriers(2, 1), barriers(2, 1))  # each half has one reader
+    keys = (k_s, barriers(STAGES, 1), barriers(STAGES, 2))  # both halves read every tile of keys and values
+    values = (v_s, barriers(STAGES, 1), barriers(STAGES, 2))
     fence_async_shared()
-    queries = (q_s, q_full, q_empty)
-    keys = (k_s, k_full, k_empty)
-    values = (v_s, v_full, v_empty)
     queues = (queries, keys, values)
     work = (tiles_m, tiles, valid)
+    scaling = (qk_scale, q_scales, q_scale_head, tokens, v_scale, k_scales_s)
+    sources = (k, shuffled, k_scales, k_scale_head, k_scales_s)
     gl.warp_specialize(
         [
-            (consume, (0, out, out_s, queues, work, qk_scale, TILE_N, HEAD_DIM, STAGES)),
-            (consume, (1, out, out_s, queues, work, qk_scale, TILE_N, HEAD_DIM, STAGES)),
-            (produce, (q, k, v, raw, queues, work, TILE_N, HEAD_DIM, STAGES)),
+            (consume, (0, out, out_s, queues, work, scaling, HEAD_DIM, STAGES, FP8)),
+            (consume, (1, out, out_s, queues, work, scaling, HEAD_DIM, STAGES, FP8)),
+            (produce, (q, v, sources, raw, queues, work, STAGES, FP8)),
         ],
         [4, 1], REGISTERS,
     )  # fmt: skip
 
 
-def attention_specialised(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
-    """Attention over the arena by loading and computing warps (wgmma, TMA): 16 bits, head sizes 32, 64, 128; sm_90."""
+def attention_specialised(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, scales: Scales | None = None
+) -> Tensor:
+    """Attention by loading and computing warps (wgmma, TMA): 8 and 16 bits, head sizes 32, 64, 128; sm_90."""
     name = "specialised attention"
-    tokens, heads, head_dim, rows = attention.checked(name, q, k, v, out, None)
-    dtypes = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-    dense = all(part.is_contiguous() for part in (q, k, v, out))
-    if head_dim not in STAGES or not dense or q.dtype not in dtypes:
-        refuse(name, f"needs contiguous tensors of 16 bits, a head size of 32, 64 or 128, not {q.dtype} {head_dim}")
+    tokens, heads, head_dim, rows = attention.checked(name, q, k, v, out, scales)
+    dense = all(part.is_contiguous() for part in (q, k, out, *([v] if scales is None else [])))
+    if head_dim not in (32, 64, 128) or not dense or not {q.dtype, out.dtype} <= set(DTYPES):
+        refuse(name, f"needs contiguous tensors of 8 or 16 bits, head size 32, 64 or 128, not {q.dtype} {head_dim}")
     if arch(q) not in (0, 90):
         refuse(name, f"needs sm_90, not {arch_name(arch(q))}")
 
-    def describe(tensor: Tensor, tile: int) -> Any:
-        layout = gl.NVMMASharedLayout.get_default_for([tile, head_dim], dtypes[q.dtype])
-        return TensorDescriptor.from_tensor(tensor.flatten(1), [tile, head_dim], layout)
+    def describe(tensor: Tensor, block: list[int], shape: tuple[int, ...] = (), strides: tuple[int, ...] = ()) -> Any:
+        layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES.get(tensor.dtype, gl.float32))
+        return TensorDescriptor(tensor, shape or tensor.shape, strides or tensor.stride(), block, layout)
 
-    tiles = triton.cdiv(tokens, 2 * HALF.value) * heads
+    half, tile_n = HALF.value, TILE_N.value
+    keys = shuffled = k_scales = describe(k.flatten(1), [tile_n, head_dim])
+    q_scale, q_scale_head, k_scale_head, v_scale = q, 0, 0, 1.0
+    if scales is None:
+        values = describe(v.flatten(1), [tile_n, head_dim])
+    else:
+        if (v.data_ptr() | v.stride(2) | scales.k.data_ptr()) % 16 or v.stride(1) != head_dim * v.stride(2):
+            refuse(name, f"v and k's scales must start at multiples of 16 bytes, and v's channels too: {v.stride()}")
+        values = describe(v.flatten(1).t(), [head_dim, tile_n])
+        width = heads * head_dim
+        shape, strides = (max(1, rows // 16), 2, 4, 2, width), (16 * width, 2 * width, 4 * width, width, 1)
+        shuffled = describe(k, [tile_n // 16, 2, 4, 2, head_dim], shape, strides)
+        q_scale, q_scale_head, k_scale_head, v_scale = scales.q, scales.q.stride(0), scales.k.stride(0), scales.v
+        k_scales = describe(scales.k, [tile_n], ((heads - 1) * k_scale_head + rows,), (1,))
+    tiles = triton.cdiv(tokens, 2 * half) * heads
+    stages = 2 if head_dim * q.element_size() > 128 else 4  # of keys and of values: what 227 KiB of shared memory hold
     run(
-        attention_specialised_kernel, min(tiles, processors(q)), describe(q, HALF.value), describe(k, TILE_N),
-        describe(v, TILE_N), describe(out, HALF.value), q if place is None else place.scalars, tokens, heads, rows,
-        head_dim**-0.5 * attention.LOG2_E, TILE_N=TILE_N, HEAD_DIM=head_dim, STAGES=STAGES[head_dim],
-        HAS_PLACE=place is not None, num_warps=4,
+        attention_specialised_kernel, min(tiles, processors(q)), describe(q.flatten(1), [half, head_dim]), keys,
+        values, describe(out.flatten(1), [half, head_dim]), q if place is None else place.scalars, shuffled,
+        q_scale, k_scales, q_scale_head, k_scale_head, tokens, heads, rows, head_dim**-0.5 * attention.LOG2_E, v_scale,
+        HEAD_DIM=head_dim, STAGES=stages, HAS_PLACE=place is not None, FP8=scales is not None, num_warps=4,
     )  # fmt: skip
     return out
 
 
-_DESCRIPTOR = next(spec for spec in attention.SPECS if spec.name == "attention_descriptor")
 _SMALL = {
     "some-tiles": dict(tokens=300, heads=3, head_dim=64, rows=700, valid=650, placed=1),
     "one-whole": dict(tokens=129, heads=2, head_dim=128, rows=128, valid=128, placed=0),
 }
+
 SPECS = [
     replace(
-        _DESCRIPTOR, name="attention_specialised", launch=attention_specialised,
-        small={**_DESCRIPTOR.small, **_SMALL}, max_arch=90,
-    ),
+        spec, name=spec.name.replace("descriptor", "specialised"), launch=attention_specialised,
+        small={**spec.small, **_SMALL}, max_arch=90,
+    )
+    for spec in attention.SPECS if "descriptor" in spec.name
 ]  # fmt: skip

@@ -69,7 +69,7 @@ def prepared(value):
     """An argument of the launch as the kernel sees it."""
     if isinstance(value, TensorDescriptor):
         return gm.Descriptor(value)
-    return gm.Pointer(value.view(-1)) if isinstance(value, torch.Tensor) else value
+    return gm.Pointer.of(value) if isinstance(value, torch.Tensor) else value
 
 
 class Function:
@@ -110,19 +110,34 @@ def on_blocks(act, scalar=None):
 
 
 def as_tensors(act):
-    """Numbers among the arguments become float32 tensors, as torch.maximum wants."""
-    return lambda *args: act(*(arg if isinstance(arg, torch.Tensor) else torch.tensor(float(arg)) for arg in args))
+    """Numbers among the arguments become tensors, as torch.maximum wants."""
+    return lambda *args: act(*(torch.as_tensor(arg) for arg in args))
 
 
 def full(shape, value, dtype, layout=None):
     return Block(torch.full(list(shape), value, dtype=dtype))
 
 
-def load(pointer):
+def load(pointer, mask=None, other=0):
     here()
-    if not 0 <= pointer.at < pointer.tensor.numel():
+    at = torch.as_tensor(pointer.at)
+    wanted = torch.ones_like(at, dtype=torch.bool) if mask is None else bare(mask)
+    if not ((at >= 0) & (at < pointer.tensor.numel()))[wanted].all():
         raise Fault(f"load of element {pointer.at} of {pointer.tensor.numel()}")
-    return pointer.tensor[pointer.at].item()
+    found = torch.where(wanted, pointer.tensor[at.where(wanted, 0)], other)
+    return Block(found) if found.dim() else found.item()
+
+
+def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
+    """The two pieces of PTX that kernels use: four float32 to e4m3 codes in the first of four words, and back."""
+    data = bare(*args)
+    if "cvt.rn.satfinite.e4m3x2.f32" in asm:
+        words = torch.zeros(data.shape, dtype=torch.int32)
+        words[..., ::pack] = data.to(torch.float8_e4m3fn).view(torch.int32)
+        return Block(words)
+    if asm == "mov.b32 $0, $1;":
+        return Block(data[..., ::pack].contiguous().view(dtype))
+    raise Fault(f"PTX that nobody has taught the machine: {asm}")
 
 
 def allocate_shared_memory(element_ty, shape, layout, value=None):
@@ -152,6 +167,7 @@ def warp_specialize(functions_and_args, worker_num_warps, worker_num_regs):
 
 LANGUAGE = SimpleNamespace(
     allocate_shared_memory=allocate_shared_memory, warp_specialize=warp_specialize, load=load, full=full,
+    inline_asm_elementwise=inline_asm_elementwise,
     zeros=lambda shape, dtype, layout=None: full(shape, 0, dtype),
     zeros_like=lambda block: Block(torch.zeros_like(block.data)),
     arange=lambda start, end, layout=None: Block(torch.arange(start, end, dtype=torch.int32)),
@@ -165,6 +181,7 @@ LANGUAGE = SimpleNamespace(
 )  # fmt: skip
 for _dtype in ("int32", "int64", "float16", "bfloat16", "float32"):
     setattr(LANGUAGE, _dtype, getattr(torch, _dtype))
+LANGUAGE.float8e4nv = torch.float8_e4m3fn
 for _layout in ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout", "NVMMASharedLayout"):
     setattr(LANGUAGE, _layout, getattr(gl, _layout))
 

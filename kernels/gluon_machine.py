@@ -164,6 +164,12 @@ class Block:
     def __getitem__(self, index):
         return Block(self.data[index])
 
+    def reshape(self, shape):
+        return Block(self.data.reshape(shape))
+
+    def permute(self, dims):
+        return Block(self.data.permute(dims))
+
 
 def bare(value):
     if isinstance(value, Operation):
@@ -183,7 +189,7 @@ def _both_ways(act):
     return forth, back
 
 
-for _name in ("add", "sub", "mul", "truediv", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_"):
+for _name in ("add", "sub", "mul", "truediv", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_", "lshift"):
     _forth, _back = _both_ways(getattr(operator, _name))
     setattr(Block, f"__{_name.strip('_')}__", _forth)
     setattr(Block, f"__r{_name.strip('_')}__", _back)
@@ -219,6 +225,16 @@ class Memory:
 
     def permute(self, dims):  # only ever the operand of a product: its place stays in the buffer's order
         return self._part(lambda part: part.permute(dims), self.place)
+
+    def reshape(self, shape):  # only ever the target of a copy
+        return self._part(lambda part: part.view(shape), self.place)
+
+    def _reinterpret(self, dtype, shape, layout):  # only its first dimension is ever cut
+        times = dtype.itemsize // self.dtype.itemsize
+        words = Memory(self.data.view(dtype), self.written[..., ::times], self.place, self.accesses, self.name)
+        if words.shape != list(shape):
+            raise Fault(f"{self.name} as {dtype} is {words.shape}, not {list(shape)}")
+        return words
 
     def touch(self, partition, bit, what, write, instruction=False):
         """Record an access and check it against the older ones. instruction: not by TMA or wgmma."""
@@ -324,27 +340,39 @@ class Barriers:
 
 
 class Pointer:
-    """An address within a tensor of global memory."""
+    """An address within a tensor of global memory, or a block of them."""
 
     def __init__(self, tensor, at=0):
         self.tensor, self.at = tensor, at
 
+    @classmethod
+    def of(cls, tensor):
+        """The address of a tensor whose strides may leave gaps."""
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return cls(tensor.as_strided((reach,), (1,)))
+
     def __add__(self, count):
-        return Pointer(self.tensor, self.at + count)
+        return Pointer(self.tensor, self.at + bare(count))
 
 
 class Descriptor:
     """TMA's view of a tensor in global memory: boxes beyond its end are filled with zeros, and cut when stored."""
 
     def __init__(self, given):
-        self.tensor, self.shape, self.dtype = given.base, list(given.block_shape), given.base.dtype
+        self.given, self.shape, self.dtype = given, list(given.block_shape), given.base.dtype
+        if not 1 <= len(self.shape) <= 5 or max(self.shape) > 256:
+            raise Fault(f"a box {self.shape}: at most five dimensions of at most 256")
         self.layout = given.layout
         self.block_type = SimpleNamespace(nbytes=math.prod(self.shape) * self.dtype.itemsize, shape=self.shape)
+
+    @property
+    def tensor(self):
+        return self.given.base.as_strided(self.given.shape, self.given.strides)
 
     def box(self, coordinates):
         """Slices of the tensor and of a box that is put there."""
         ranges = [(at, max(0, at), min(at + size, whole), size)
-                  for at, size, whole in zip(coordinates, self.shape, self.tensor.shape, strict=True)]  # fmt: skip
+                  for at, size, whole in zip(coordinates, self.shape, self.given.shape, strict=True)]  # fmt: skip
         outer = tuple(slice(low, max(low, high)) for _, low, high, _ in ranges)
         return outer, tuple(slice(low - at, max(low, high) - at) for at, low, high, _ in ranges)
 

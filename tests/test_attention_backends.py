@@ -70,13 +70,16 @@ def test_attention_in_fp8_is_tried_with_its_scales(fault: str) -> None:
     assert trial.fault or 0 < trial.error < 0.06
 
 
-@pytest.mark.parametrize(("capability", "count"), [((8, 9), 1), ((9, 0), 2), ((10, 0), 2)])
+@pytest.mark.parametrize(("capability", "names"), [
+    ((8, 9), ["pointer"]), ((9, 0), ["pointer", "descriptor", "specialised"]), ((10, 0), ["pointer", "descriptor"]),
+])  # fmt: skip
 def test_attention_in_fp8_has_candidates_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], count: int
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], names: list[str]
 ) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton.experimental.gluon")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert len(fp8_candidates(torch.device("cuda"), triton_works=True)) == count
+    found = fp8_candidates(torch.device("cuda"), triton_works=True)
+    assert list(found) == [f"triton-{name}" for name in names]
     assert list(fp8_candidates(torch.device("cpu"), triton_works=True)) == ["torch"]
 
 
@@ -122,6 +125,7 @@ def test_without_gluon_the_rest_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.gluon_specs() == []
     found = candidates(torch.device("cuda"), triton_works=True)
     assert "triton-descriptor" in found and "triton-specialised" not in found
+    assert list(fp8_candidates(torch.device("cuda"), triton_works=True)) == ["triton-pointer", "triton-descriptor"]
 
 
 @pytest.mark.parametrize("pair", [False, True])

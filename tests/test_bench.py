@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +29,18 @@ def test_the_page_of_kernels_is_that_of_the_registry() -> None:
     from bench.kernel_table import DOCUMENT, document
 
     assert DOCUMENT.read_text() == document(), "run python -m bench.kernel_table --write"
+
+
+def test_kernels_run_under_pytest_benchmark(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("pytest_benchmark")
+    kept = tmp_path / "kernels.json"
+    command = [sys.executable, "-m", "pytest", "bench/test_kernels.py", "-k", "rms_norm", f"--benchmark-json={kept}"]
+    command += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=True, capture_output=True)
+    (row,) = json.loads(kept.read_text())["benchmarks"]
+    assert row["stats"]["median"] > 0 and row["extra_info"]["bytes"] > 0
+    assert row["extra_info"]["what"] == "plain PyTorch"
 
 
 def test_a_page_is_made_of_a_suite_of_a_gpu(tmp_path: Path) -> None:

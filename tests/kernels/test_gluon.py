@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,8 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 attention_gluon = pytest.importorskip("liverelay.kernels.attention_gluon", exc_type=ImportError)
-from liverelay.kernels.attention import make_inputs, reference_attention  # noqa: E402
+from liverelay.kernels.attention import make_fp8, make_inputs, reference_attention  # noqa: E402
+from liverelay.kernels.contract import FP8, Scales  # noqa: E402
 from liverelay.kernels.launch import INTERPRETED  # noqa: E402
 from liverelay.kernels.spec import Case  # noqa: E402
 
@@ -26,7 +28,6 @@ if INTERPRETED:
     from liverelay.kernels import gluon_interpreter as gi
     from liverelay.kernels import gluon_machine as gm
 
-ATTENTION = "attention_specialised"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="on a GPU a fault would hang or pass unseen")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(not (INTERPRETED or HOPPER), reason="the kernel is for sm_90")
@@ -41,9 +42,15 @@ SIZES = {
 }
 
 
-def case_of(size: tuple[int, int, int, int, int], dtype: torch.dtype, seed: int, device: torch.device) -> Case:
-    dims = dict(zip(("tokens", "heads", "head_dim", "rows", "valid"), size, strict=True))
-    return make_inputs(dims | {"placed": 1}, dtype, torch.Generator().manual_seed(seed), device)
+Size = tuple[int, int, int, int, int]
+ALLOWED = {torch.bfloat16: 4e-3, FP8: 0.025}  # e4m3 rounds every weight by up to 1 / 16
+BOTH = pytest.mark.parametrize("dtype", ALLOWED, ids=["bf16", "fp8"])
+
+
+def case_of(size: Size, dtype: torch.dtype, seed: int, device: torch.device) -> Case:
+    dims = dict(zip(("tokens", "heads", "head_dim", "rows", "valid"), size, strict=True)) | {"placed": 1}
+    rng = torch.Generator().manual_seed(seed)
+    return make_fp8(dims, torch.bfloat16, rng, device) if dtype == FP8 else make_inputs(dims, dtype, rng, device)
 
 
 def error_of(case: Case) -> float:
@@ -56,12 +63,13 @@ def in_order(seed: int) -> object:
     return gi.order(seed) if INTERPRETED else nullcontext()
 
 
+@BOTH
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_sizes_of_the_loops(size: tuple[int, int, int, int, int], device: torch.device, seed: int) -> None:
-    case = case_of(size, torch.bfloat16, seed, device)
+def test_sizes_of_the_loops(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+    case = case_of(size, dtype, seed, device)
     with in_order(seed):
         attention_gluon.attention_specialised(*case.args)
-    assert error_of(case) < 4e-3
+    assert error_of(case) < ALLOWED[dtype]
 
 
 def test_half_precision(device: torch.device, seed: int) -> None:
@@ -70,18 +78,20 @@ def test_half_precision(device: torch.device, seed: int) -> None:
     assert error_of(case) < 5e-4
 
 
-def test_large_logits(device: torch.device, seed: int) -> None:
+@BOTH
+def test_large_logits(dtype: torch.dtype, device: torch.device, seed: int) -> None:
     """Weights far below and above those of the first tile; their exponentials would overflow without the maximum."""
-    case = case_of((140, 2, 64, 700, 690), torch.bfloat16, seed, device)
-    q, k = case.args[:2]
+    case = case_of((140, 2, 64, 700, 690), dtype, seed, device)
+    q, k = (case.args[5].q, case.args[5].k) if dtype == FP8 else (part.movedim(0, -1) for part in case.args[:2])
     q.mul_(30)
-    k.mul_(torch.linspace(0.1, 10, k.shape[0], device=device)[:, None, None].to(k.dtype))
+    k.mul_(torch.linspace(0.1, 10, k.shape[-1], device=device).to(k.dtype))
     attention_gluon.attention_specialised(*case.args)
-    assert error_of(case) < 6e-3
+    assert error_of(case) < 1.5 * ALLOWED[dtype]
 
 
-def test_without_valid_rows_it_ends(device: torch.device, seed: int) -> None:
-    case = case_of((140, 2, 64, 300, 200), torch.bfloat16, seed, device)
+@BOTH
+def test_without_valid_rows_it_ends(dtype: torch.dtype, device: torch.device, seed: int) -> None:
+    case = case_of((140, 2, 64, 300, 200), dtype, seed, device)
     case.args[4].fill(0, 0, False)
     attention_gluon.attention_specialised(*case.args)
     assert case.outputs["out"].isnan().all()
@@ -102,19 +112,33 @@ def test_refusals(device: torch.device, seed: int) -> None:
         attention(q, k, v[:4], out, place)
 
 
+def test_refusals_in_fp8(device: torch.device, seed: int) -> None:
+    case = case_of((4, 2, 64, 8, 8), FP8, seed, device)
+    q, k, v, out, place, scales = case.args
+    attention = attention_gluon.attention_specialised
+    with pytest.raises(ValueError, match="specialised attention: v has shape"):
+        attention(q, k, v.contiguous(), out, place, scales)
+    with pytest.raises(ValueError, match="specialised attention: needs contiguous"):
+        attention(q, k, v, out.float(), place, scales)
+    room = torch.ones(2 * 8 + 1, device=device)
+    for wrong in ((v[1:], k[1:], scales.k[:, 1:]), (v, k, room[1:].view(2, 8))):
+        with pytest.raises(ValueError, match="specialised attention: v and k's scales must start at multiples of 16"):
+            attention(q, wrong[1], wrong[0], out, place, Scales(scales.q, wrong[2], 1.0))
+
+
 # -- the machine ------------------------------------------------------------------------------------------------------
 
 
 @interpreted
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_many_orders_give_the_same_bits(head_dim: int, device: torch.device, seed: int) -> None:
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (128, FP8)])
+def test_many_orders_give_the_same_bits(head_dim: int, dtype: torch.dtype, device: torch.device, seed: int) -> None:
     results = []
     for number in range(8):
-        case = case_of((300, 4, head_dim, 700, 650), torch.bfloat16, seed, device)
+        case = case_of((300, 4, head_dim, 700, 650), dtype, seed, device)
         with gi.order(seed + number):
             attention_gluon.attention_specialised(*case.args)
         results.append(case.outputs["out"])
-    assert error_of(case) < 4e-3
+    assert error_of(case) < ALLOWED[dtype]
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -132,18 +156,23 @@ def mutant(path: Path, *changes: tuple[str, str]) -> ModuleType:
     return module
 
 
-def objections(module: ModuleType, seed: int) -> Iterator[str]:
-    """What the machine says, or the wrong result, in some orders; head sizes with two and with four stages."""
-    for number in range(2):
-        for size in ((300, 4, 128, 700, 650), (300, 4, 64, 1100, 1090)):
-            case = case_of(size, torch.bfloat16, seed, torch.device("cpu"))
+MUTANT_SIZES: dict[torch.dtype, list[Size]] = {  # two stages and four
+    torch.bfloat16: [(300, 4, 128, 700, 650), (300, 4, 64, 1100, 1090)], FP8: [(300, 4, 64, 1100, 1090)],
+}  # fmt: skip
+
+
+def objections(module: ModuleType, dtypes: Iterable[torch.dtype], seed: int) -> Iterator[str]:
+    """What the machine says, or the wrong result, in some orders."""
+    for number, dtype in itertools.product(range(2), dtypes):
+        for size in MUTANT_SIZES[dtype]:
+            case = case_of(size, dtype, seed, torch.device("cpu"))
             try:
                 with gi.order(seed + number):
                     module.attention_specialised(*case.args)
             except gm.Fault as fault:
                 yield str(fault)
             else:
-                yield "" if error_of(case) < 4e-3 else "wrong result"
+                yield "" if error_of(case) < ALLOWED[dtype] else "wrong result"
 
 
 def line(depth: int, text: str) -> str:
@@ -159,18 +188,26 @@ WAIT_LAST_V = line(8, "mbarrier.wait(v_full.index(stage), step // STAGES & 1)")
 WAIT_EMPTY = line(4, "mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)")
 WAIT_RAW = line(4, "mbarrier.wait(raw, turn)")
 LOGITS = line(12, "logits = warpgroup_mma_wait(1, deps=(asked,))")
-MIXED = line(12, "mixed = warpgroup_mma_wait(0, deps=(mixing,))")
+PRODUCT = line(12, "product = warpgroup_mma_wait(0, deps=(mixing,))")
 FREE_Q = line(8, "mbarrier.arrive(q_empty.index(WHICH), count=1)")
 FREE_K = line(12, "mbarrier.arrive(k_empty.index(after), count=1)")
 FREE_V = line(12, "mbarrier.arrive(v_empty.index(stage), count=1)")
 FREE_LAST_V = line(8, "mbarrier.arrive(v_empty.index(stage), count=1)")
 STORED = line(8, "tma.store_wait(0)")
 LAST_STORED = line(4, "tma.store_wait(0)")
-INIT_FENCE = "    mbarrier.init(raw, count=1)\n    fence_async_shared()\n"
+VALUES = "values = (v_s, barriers(STAGES, 1), barriers(STAGES, 2))"
+INIT_FENCE = f"    {VALUES}\n    fence_async_shared()\n"
 OUT_FENCE = "(result.to(out_s.dtype))\n        fence_async_shared()\n"
 FULL_BYTES = "mbarrier.expect(full.index(stage), descriptor.block_type.nbytes)"
-SHARES = "            shares = gl.exp2(logits * qk_scale - scaled[:, None])\n"
+SHARES = "            shares = gl.exp2(logits * (scale[:, None] if FP8 else scale) - above[:, None])\n"
 ZEROS = "(place < left)[:, None]"
+ZERO_WORDS = "kept = left - 4 *"
+SCALED = """            if FP8:
+                logits *= shuffled_scales(k_scales_s.index(after), gl.SliceLayout(0, WEIGHTS), COLUMN)[None, :]
+"""
+FADED = """\
+                mixed = mixed * gl.convert_layout(shrink, ROW)[:, None]  # an iteration late: one multiply-add
+"""
 ANY = ""  # which fault it is depends on the order
 Change = tuple[str, str]
 
@@ -189,7 +226,7 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "keys read before they are there": (ANY, drop(WAIT_K)),
     "next keys read before they are there": ("race", (WAIT_NEXT, "pass")),
     "values read before they are there": ("race", drop(WAIT_V)),
-    "the tile's last values read before they are there": ("race", drop(WAIT_LAST_V)),
+    "the tile's last values read before they are there": (ANY, drop(WAIT_LAST_V)),
     "queries waited for in the wrong phase": (ANY, (WAIT_Q, WAIT_Q.replace("turn", "turn ^ 1"))),
     "queries waited for in the first phase": (ANY, (WAIT_Q, WAIT_Q.replace("turn", "0"))),
     "keys waited for in the wrong phase": (ANY, (WAIT_K, WAIT_K.replace("& 1)", "& 1 ^ 1)"))),
@@ -198,17 +235,18 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
     "empty stages waited for in the wrong phase": ("deadlock", (WAIT_EMPTY, WAIT_EMPTY.replace(" ^ 1", ""))),
     "queries loaded over those that are read": (
         "race", drop(line(12, "mbarrier.wait(q_empty.index(which), turn ^ 1)"))),
-    "queries given back before the product": ("race", (WAIT_K, WAIT_K + FREE_Q[1:])),
+    "queries given back before the product": (ANY, (WAIT_K, WAIT_K + FREE_Q[1:])),
     "queries never given back": ("deadlock", drop(FREE_Q)),
-    "keys given back before the product has ended": ("race", swap(LOGITS, FREE_K)),
-    "values given back before the product has ended": ("race", swap(MIXED, FREE_V)),
+    "keys given back before the product has ended": ("race", (
+        LOGITS + SCALED + FADED + FREE_K[1:], FREE_K + LOGITS[1:] + SCALED + FADED)),
+    "values given back before the product has ended": ("race", swap(PRODUCT, FREE_V)),
     "keys never given back": ("deadlock", drop(FREE_K)),
     "values never given back": ("deadlock", drop(FREE_LAST_V)),
     "values given back twice": (ANY, (FREE_V, FREE_V + FREE_V[1:])),
     "one of two readers is enough": (
-        ANY, ("mbarrier.init(v_empty.index(i), count=2)", "mbarrier.init(v_empty.index(i), count=1)")),
+        ANY, (VALUES, VALUES.replace("2", "1"))),
     "logits taken while both products run": ("does not give", (LOGITS, LOGITS.replace("(1,", "(2,"))),
-    "a product's result used without its wait": ("before its wait", (MIXED, line(12, "mixed = mixing"))),
+    "a product's result used without its wait": ("before its wait", (PRODUCT, line(12, "product = mixing"))),
     "softmax with the old logits": ("wrong result", (SHARES, SHARES.replace("logits", "gl.zeros_like(logits)"))),
     "sums that are not scaled": ("wrong result", ("total * shrink + ", "total + ")),
     "output overwritten while it is stored": ("race", drop(STORED)),
@@ -218,28 +256,50 @@ MUTATIONS: dict[str, tuple[str, Change]] = {
         "no fence", ("    fence_async_shared()  # before the tensor cores' own reads\n", "")),
     "no fence after the barriers' init": ("init it cannot see", (INIT_FENCE, INIT_FENCE.splitlines()[0] + "\n")),
     "old values not replaced by zeros": ("wrong result", ("(back == 0) & (left < TILE_N)", "back < 0")),
-    "one row of zeros too few": ("wrong result", (ZEROS, ZEROS.replace("<", "<="))),
-    "one row of zeros too many": ("wrong result", (ZEROS, ZEROS.replace("left", "left - 1"))),
     "zeros before the copy has arrived": ("race", drop(WAIT_RAW)),
     "zeros after the wrong phase": (ANY, (WAIT_RAW, WAIT_RAW.replace("turn", "0"))),
-    "a key past the last one counts": ("wrong result", ("0, LOGITS)) < left", "0, LOGITS)) <= left")),
+    "a key past the last one counts": ("wrong result", ("layout=COLUMN) < left", "layout=COLUMN) <= left")),
     "fewer bytes expected": (ANY, (FULL_BYTES, FULL_BYTES.replace("nbytes", "nbytes // 2"))),
     "more bytes expected": ("deadlock", (FULL_BYTES, FULL_BYTES.replace("nbytes", "nbytes * 2"))),
     "the producer counts a step too many": (ANY, ("        turn ^= 1\n\n", "        turn ^= 1\n        step += 1\n\n")),
-    "a copy that nobody waits for": (
-        "nobody", ("        turn ^= 1\n\n", "        turn ^= 1\n    load_tile(k, 0, 0, keys, step, STAGES)\n\n")),
+    "a copy that nobody waits for": ("nobody", (
+        "        turn ^= 1\n\n", "        turn ^= 1\n    load_tile(v, 0, 0, values, step, STAGES, FP8)\n\n")),
 }  # fmt: skip
+MUTATIONS_16_BITS: dict[str, tuple[str, Change]] = {
+    "one row of zeros too few": ("wrong result", (ZEROS, ZEROS.replace("<", "<="))),
+    "one row of zeros too many": ("wrong result", (ZEROS, ZEROS.replace("left", "left - 1"))),
+}
+MUTATIONS_FP8: dict[str, tuple[str, Change]] = {
+    "one column of zeros too few": ("wrong result", (ZERO_WORDS, ZERO_WORDS.replace("left", "left + 1"))),
+    "columns of zeros too many": ("wrong result", (ZERO_WORDS, ZERO_WORDS.replace("left", "left - 20"))),
+    "bytes of the scales not expected": (ANY, (" + k_scales.block_type.nbytes", "")),
+    "keys given back before their scales are read": (
+        "race", (SCALED + FADED + FREE_K[1:], FREE_K[1:] + SCALED + FADED)),
+    "the first head's scales of keys": ("wrong result", ("[head * k_scale_head + row]", "[row]")),
+    "scales in the keys' own order": ("wrong result", (".permute([0, 2, 1, 3])", "")),
+    "weights in the order of shuffled keys": ("wrong result", (".permute([0, 1, 3, 2, 4])", "")),
+    "the last tile shuffled": ("wrong result", ("if LAST:", "if False:")),
+    "sums that do not fade": ("wrong result", (FADED, "                pass\n")),
+    "the first head's scales of queries": ("wrong result", ("tile // tiles_m * q_scale_head + token", "token")),
+}  # fmt: skip
+BROKEN = [
+    pytest.param(text, change, dtypes, id=name)
+    for mutations, dtypes in ((MUTATIONS, list(ALLOWED)), (MUTATIONS_16_BITS, [torch.bfloat16]), (MUTATIONS_FP8, [FP8]))
+    for name, (text, change) in mutations.items()
+]
 
 
 @interpreted
-@pytest.mark.parametrize(("text", "change"), MUTATIONS.values(), ids=MUTATIONS)
-def test_a_broken_protocol_is_seen(text: str, change: Change, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("text", "change", "dtypes"), BROKEN)
+def test_a_broken_protocol_is_seen(
+    text: str, change: Change, dtypes: list[torch.dtype], tmp_path: Path, seed: int
+) -> None:
     """Whatever the order: every run must be objected to."""
-    said = list(objections(mutant(tmp_path / "mutant.py", change), seed))
+    said = list(objections(mutant(tmp_path / "mutant.py", change), dtypes, seed))
     print(*said, sep="\n")
     assert all(said) and any(text in objection for objection in said)
 
 
 @interpreted
 def test_the_unbroken_one_passes_the_same(tmp_path: Path, seed: int) -> None:
-    assert not any(objections(mutant(tmp_path / "same.py"), seed))
+    assert not any(objections(mutant(tmp_path / "same.py"), ALLOWED, seed))
