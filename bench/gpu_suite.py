@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARD = "LIVERELAY_TEST_SHARD"  # "i/n": this process runs every n-th collected test, from i on
 # Of each part: its turn, and its share of the time. What was measured least comes first, in case the time runs out.
 TURNS = {
-    "kernels": (0, 3.5), "tests": (0, 3.5), "line": (1, 2.5), "line-all": (2, 3.0), "line-bf16": (3, 1.5),
-    "stage": (4, 2.0), "fp8": (5, 1.0), "fp8-all": (6, 1.0), "micro": (7, 5.0),
+    "kernels": (0, 5.0), "tests": (0, 5.0), "line": (1, 4.0), "line-all": (2, 5.0), "line-bf16": (3, 1.5),
+    "stage": (4, 2.2), "fp8": (5, 1.3), "fp8-all": (6, 1.0), "micro": (7, 4.0),
 }  # fmt: skip
 NOTHING_COLLECTED = 5  # pytest's exit status
 TESTS = ("tests/test_golden.py", "tests/test_regression.py", "tests/gpu")
@@ -202,9 +202,10 @@ def suite(preset: str, gpu: bool, out: Path, seconds: float) -> list[Part]:
     there = tuple(path for path in TESTS if (ROOT / path).exists())
     plain = {name: value for name, value in tests.items() if name != "TRITON_INTERPRET"}
     size = "production" if gpu else "small"
-    micro = ["--dims", size, "--budget", f"{0.25 * seconds:.0f}", "--plot", str(out / "roofline.png")]
+    micro = ["--dims", size, "--budget", f"{0.18 * seconds:.0f}", "--plot", str(out / "roofline.png")]
     micro += [] if gpu else ["--device", "cpu", "--seconds", "0.02"]
-    stage = ["--preset", preset, *([] if gpu else ["--device", "cpu", "--seconds", "0.2", "--compile-seconds", "0"])]
+    stage = ["--preset", preset, "--seconds", "1.5" if gpu else "0.2"]
+    stage += ["--compile-seconds", "30"] if gpu else ["--compile-seconds", "0", "--device", "cpu"]
     line = ["--preset", preset, *([] if gpu else ["--device", "cpu", "--seconds", "0.05", "--blocks", "2"])]
     products, both = (["--compile-seconds", "0", "--fp8", what] for what in ("products", "all"))
     both += ["--backends", "triton,fastest"] if gpu else []  # plain PyTorch takes seconds for a step

@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--fp8", choices=("products", "attention", "all"), default="", help="what is in FP8")
     parser.add_argument("--parts", default="stage,line,loop", help="of these, with commas between")
-    parser.add_argument("--blocks", type=int, default=16, help="that a line is measured over")
+    parser.add_argument("--blocks", type=int, default=12, help="that a line is measured over")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement of a stage")
     parser.add_argument("--json", type=Path, help="write the results here, after every part")
     options = parser.parse_args(argv)
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
         measures: dict[str, Callable[[], dict[str, Any]]] = {
             "stage": lambda: measure_stage(model, options.seconds),
             "line": lambda: measure_line(model, options.blocks, options.seconds),
-            "loop": lambda: measure_loop(model, options.blocks),
+            "loop": lambda: measure_loop(model, min(options.blocks, 6)),
         }  # fmt: skip
         for name in options.parts.split(","):
             try:

@@ -67,7 +67,7 @@ class Place:
         return cls(0, 0, False, torch.zeros(3, dtype=torch.int32, device=device))
 
     def fill(self, row: int, valid: int, moved: bool) -> Place:
-        """Set all three, here and on the device."""
+        """Set all three, here and on the device, which is waited for: not for what goes on without end."""
         self.row, self.valid, self.moved = row, valid, moved
         self.scalars.copy_(torch.tensor([row, valid, int(moved)], dtype=torch.int32))
         return self

@@ -90,13 +90,15 @@ class FakeGraph:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Graphs]:
+    stream = SimpleNamespace(device_index=3, wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(FakeGraph, "at_once", 0)
 
     def make() -> Graphs:
         made = Graphs(CPU)
-        made.enabled = True
+        made.enabled, made._stream, made._pool = True, stream, (0, 7)  # type: ignore[assignment]
         return made
 
     return make
@@ -115,7 +117,6 @@ def test_work_that_cannot_be_captured_is_done_and_told_once(
     monkeypatch.setattr(FakeGraph, "fault", RuntimeError())
     ended: list[object] = []
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *where: ended.append(where), raising=False)
-    made._stream, made._pool = SimpleNamespace(device_index=3), (0, 7)  # type: ignore[assignment]
     with caplog.at_level(logging.WARNING):
         for key in ("a", "b", "a"):
             made.run(key, work)

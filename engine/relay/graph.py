@@ -41,17 +41,27 @@ class Graphs:
         """
         if key in self.captured:
             return self.captured[key].replay()
-        work()
-        if self.enabled:
-            try:
-                self.captured[key] = self._capture(work)
-            except Exception as error:  # of a library that waits for the device, or of memory: eager is right, too
-                self.enabled = False
-                self._clear_up()
-                reason = str(error.__context__ or error).strip() or repr(error)
-                logging.getLogger(__name__).warning(
-                    "%s: no CUDA graphs, launches one by one: %s", self._device, reason.splitlines()[0]
-                )
+        if not self.enabled:
+            return work()
+        self._begin(work)
+        try:
+            self.captured[key] = self._capture(work)
+        except Exception as error:  # of a library that waits for the device, or of memory: eager is right, too
+            self.enabled = False
+            self._clear_up()
+            reason = str(error.__context__ or error).strip() or repr(error)
+            logging.getLogger(__name__).warning(
+                "%s: no CUDA graphs, launches one by one: %s", self._device, reason.splitlines()[0]
+            )
+
+    def _begin(self, work: Callable[[], None]) -> None:
+        """The first run, on the stream of the capture, for which libraries prepare themselves; in order with ours."""
+        assert self._stream is not None
+        ours = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(ours)
+        with torch.cuda.stream(self._stream):
+            work()
+        ours.wait_stream(self._stream)
 
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Not through torch.cuda.graph, which waits for the device and empties its caches before each capture."""
@@ -67,6 +77,6 @@ class Graphs:
     def _clear_up(self) -> None:
         """After a failed capture PyTorch before 2.12 believes that it goes on: its allocator would fail to free memory
         for others. It has no public name for the end."""
-        if self._stream is not None and self._pool is not None:
-            with contextlib.suppress(RuntimeError, AttributeError):  # where it knows of the end by itself
-                torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+        assert self._stream is not None and self._pool is not None
+        with contextlib.suppress(RuntimeError, AttributeError):  # where it knows of the end by itself
+            torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)

@@ -25,6 +25,7 @@ from liverelay.engine.relay.stage import LineSpec, Stage
 
 SLOW_STARTS = 30  # times the timeout, for work that loads, compiles and captures
 WARM_BLOCKS = 16  # answers of a stage until it has met all ring slots and fill levels
+HANG_UP_S = 2.0  # that a rank is waited for when it was told to end
 LAST_WORDS_S = 0.5  # that a process which is told to end waits for the reason
 MakeStage = Callable[[LineSpec], Stage]
 
@@ -139,13 +140,15 @@ class RemoteWorker:
         """Nothing to wait for: the rank ends the line by itself and serves another one."""
 
     def end(self) -> None:
+        """Let the rank end. It hangs up first: what it says to a socket that is closed would take `End` from it."""
         self.over = True
         self.channel.put(End())
+        self._thread.join(HANG_UP_S)
         self.channel.close()
 
     def _read(self) -> None:
         timeout_s = self._leader.group.timeout_s
-        while not self.over:
+        while True:
             try:
                 message = self.channel.get(timeout_s)
             except EOFError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from bench.line_14b import CHECKED, STEADY, Watched
 from bench.random_model import Model, counters, launches
+from liverelay.engine import Engine
 from liverelay.engine.models.workspace import STAGED, Staging
 from liverelay.engine.relay.graph import Graphs
 from liverelay.engine.relay.handoff import LocalLink
@@ -141,6 +143,39 @@ def test_a_gpu_without_its_number_is_the_current_one(model: Model) -> None:
     frames = line.request(serial, 0, model.sound[0], model.distances[0]).result(timeout=120)
     line.close()
     assert stage.device == model.device and frames.dtype == np.uint8 and len(frames) == 9
+
+
+def test_work_that_waits_for_the_device_goes_on_without_graphs(
+    device: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    value, graphs = torch.zeros(4, device=device), Graphs(device)
+
+    def waits() -> None:
+        value.add_(1)
+        value.sum().item()
+
+    for _ in range(2):
+        graphs.run("waits", waits)
+    assert not graphs.enabled and len(caplog.records) == 1 and value.tolist() == [2.0] * 4
+    torch.cuda.empty_cache()  # asserts that no capture is under way
+    other = Graphs(device)
+    for _ in range(3):
+        other.run("adds", lambda: value.add_(1).mul_(torch.ones_like(value)))
+    assert other.enabled and len(other.captured) == 1 and value.tolist() == [5.0] * 4
+
+
+def test_the_engine_as_it_comes_makes_the_same_video_twice(checkpoint: Path, numbers: np.random.Generator) -> None:
+    for library in ("transformers", "PIL", "ftfy"):
+        pytest.importorskip(library)
+    engine = Engine.load(checkpoint)
+    picture = numbers.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    sound = 0.1 * numbers.standard_normal(3 * 16000).astype(np.float32)
+    videos = []
+    for _ in range(2):
+        with engine.open(picture, "someone speaks", audio=sound, size=(64, 64)) as session:
+            videos.append([chunk.frames for chunk in session.frames()])
+    engine.close()
+    assert sum(map(len, videos[0])) == 75 and all(map(np.array_equal, *videos))
 
 
 def test_staged_writes_keep_their_order_however_far_the_host_is_ahead(device: torch.device) -> None:
