@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from liverelay.engine.cache import arena_bytes
 from liverelay.engine.checkpoint import find_checkpoint
 from liverelay.engine.cli import main
 from liverelay.engine.devices import check_fp8, fp8_parts
@@ -19,6 +18,7 @@ from liverelay.engine.errors import InputError
 from liverelay.engine.inspection import inspect_checkpoint
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import Geometry
+from liverelay.engine.models.sizes import arena_bytes
 from liverelay.engine.quantize import quantize_checkpoint
 from liverelay.kernels import torch_ops
 from tests.compare import relative

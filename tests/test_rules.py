@@ -21,7 +21,8 @@ ENVIRONMENT = {"engine/config.py"}  # the only files that may read the environme
 # A module of the engine imports only from rows above its own. A new module gets its place here.
 LAYERS = (
     "errors version progress models.sampler models relay relay.scheduler",
-    "config devices relay.plan native media models.geometry models.lora models.image models.vae_config",
+    "config devices relay.plan relay.dispatch native media models.geometry models.lora models.image models.vae_config",
+    "models.sizes",
     "cache models.weights models.vae_layers models.workspace",
     "checkpoint models.layers models.audio models.text models.vae",
     "models.dit models.audio_live",
