@@ -17,8 +17,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 SCALE = "_scale"  # follows the key of a weight that is stored in FP8
 # Parts of the transformer that are kept in float32 whatever the working dtype (spec dit.md section 3).
 _FLOAT32 = ("head.", "casual_audio_encoder.encoder.")
-INJECT = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
-PUBLISHED = DiTConfig(5120, 13824, 40, 40, INJECT)  # the 14B model
+PUBLISHED = DiTConfig(5120, 13824, 40, 40, (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39))  # the 14B model
+TEXT_PARAMETERS = 5_680_910_336  # of umT5-xxl's encoder (spec vae_audio_text.md 5)
+AUDIO_PARAMETERS = 315_438_720  # of wav2vec2-large
 
 
 def dit_shapes(c: DiTConfig) -> dict[str, tuple[int, ...]]:
@@ -134,13 +135,13 @@ def vae_cache_bytes(config: VAEConfig, geometry: Geometry, element: int) -> int:
     )
 
 
-def decode_work_bytes(config: VAEConfig, geometry: Geometry, element: int) -> int:
-    """What decoding takes besides its cache: the doubled input of the last up-step with what comes before and after.
+def vae_work_bytes(config: VAEConfig, geometry: Geometry) -> int:
+    """What the VAE takes besides weights and cache, an estimate: encoding an image, whose activations are float32.
 
-    An estimate: [4, 2 C, H, W] after [4, 2 C, H/2, W/2], and the result [4, C, H, W], C channels at the finest level.
+    At the finest level a convolution's input [4 + 2, C, H, W] with its history, what came before and its result.
     """
     pixels = 64 * geometry.latent_h * geometry.latent_w
-    return int(4 * config.base_dim * config.dim_mult[0] * pixels * (2 + 2 / 4 + 1) * element)
+    return (6 + 4 + 4) * config.base_dim * config.dim_mult[0] * pixels * 4
 
 
 # -- operations --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections.abc import Hashable
 from liverelay.engine.relay.scheduler import Request, Scheduler
 
 DISPATCHED = 2  # blocks: one that the first stage works on, one that waits for it
+BUFFERS = 2  # of a link: a stage gets its next block while it works on one
 
 
 class Dispatcher:
