@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -101,7 +102,7 @@ def _times_of(a: argparse.Namespace) -> TimesOf:
     check_size(a.size)
     if a.times is None:
         return lambda task: bundled_times(task.size, task.fp8)
-    return lambda task: read_times(a.times, task.size)
+    return functools.cache(lambda task: read_times(a.times, task.size))
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> str:

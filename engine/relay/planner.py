@@ -177,19 +177,20 @@ def best_plan(machine: Machine, task: Task, times_of: TimesOf, plan: str | None 
         found = [Forecast.make(parsed, task, times, picked)]
     fitting = [forecast for forecast in found if forecast.fits]
     if not fitting:
-        raise InputError(_refusal(min(found, key=lambda f: f.overflow), machine, task, times_of))
+        raise InputError(_refusal(min(found, key=lambda f: f.overflow), machine, task, times_of, given=plan is not None))
     return min(fitting, key=lambda f: (round(max(f.stage_ms), 6), len(f.plan.stages)))
 
 
-def _refusal(least: Forecast, machine: Machine, task: Task, times_of: TimesOf) -> str:
+def _refusal(least: Forecast, machine: Machine, task: Task, times_of: TimesOf, *, given: bool) -> str:
     """What is too large in the plan that needs least, and every single change that would make one fit."""
     needs = [total(memory) / device.memory for memory, device in zip(least.memory, machine.devices, strict=False)]
     worst = needs.index(max(needs))
     memory, stage = least.memory[worst], least.plan.stages[worst]
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items() if size)
     capacity = least.machine.devices[worst].memory
+    asked = "" if given else ", which needs least"
     said = (
-        f"it does not fit: with the plan {least.plan}, which needs least, stage {stage.name} takes "
+        f"it does not fit: with the plan {least.plan}{asked}, stage {stage.name} takes "
         f"{total(memory) / GIB:.1f} GiB of {capacity / GIB:.1f} on {stage.device} ({parts})"
     )
     changes = [change for change in _changes(machine, task, times_of) if change]
