@@ -8,7 +8,8 @@ import re
 import subprocess
 import sys
 import types
-from itertools import permutations
+from dataclasses import replace
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +135,14 @@ def test_what_would_fit_does_fit(seed: int) -> None:
         for change in filter(None, told.split(", or ")):
             found += 1
             name, value = change.split()
-            changed = {
-                "--fp8": lambda v=value: Task(task.size, v, task.sessions),
-                "--sessions": lambda v=value: Task(task.size, "", int(v)),
-                "--size": lambda v=value: Task(tuple(map(int, v.split("x"))), "", task.sessions),  # type: ignore[arg-type]
-                "--gpus": lambda: task,
-            }[name]()
+            changed = task
+            if name == "--fp8":
+                changed = replace(task, fp8=value)
+            elif name == "--sessions":
+                changed = replace(task, sessions=int(value))
+            elif name == "--size":
+                width, height = map(int, value.split("x"))
+                changed = replace(task, size=(width, height))
             assert best_plan(h100s(int(value)) if name == "--gpus" else machine, changed, bundled).fits, told
     assert found
 
@@ -158,7 +161,7 @@ def test_the_order_keeps_handoffs_on_the_fastest_links(seed: int) -> None:
         machine = Machine(Machine.assumed(count, GIB).devices, tuple(map(tuple, links)))
         wanted = numbers.randint(1, count)
         least = min(
-            sum(links[a][b].handoff_ms(size) for a, b in zip(order, order[1:], strict=False))
+            sum(links[a][b].handoff_ms(size) for a, b in pairwise(order))
             for order in permutations(range(count), wanted)
         )
         picked = machine.pick(wanted, size)

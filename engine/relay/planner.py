@@ -177,7 +177,8 @@ def best_plan(machine: Machine, task: Task, times_of: TimesOf, plan: str | None 
         found = [Forecast.make(parsed, task, times, picked)]
     fitting = [forecast for forecast in found if forecast.fits]
     if not fitting:
-        raise InputError(_refusal(min(found, key=lambda f: f.overflow), machine, task, times_of, given=plan is not None))
+        least = min(found, key=lambda f: f.overflow)
+        raise InputError(_refusal(least, machine, task, times_of, given=plan is not None))
     return min(fitting, key=lambda f: (round(max(f.stage_ms), 6), len(f.plan.stages)))
 
 
