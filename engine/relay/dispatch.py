@@ -1,8 +1,10 @@
 """What the leader sends down the line, and when. Pure Python: the pipeline and the simulator drive the same rules.
 
-Two blocks at most are dispatched that the first stage has not finished, so that a newcomer is not kept waiting. The
-first block of a session's second clip, which takes the sink of the model's own first latent frame, is held until that
-frame is known; its sink is made in the stages' shadow as soon as that is free, or else right before the block.
+Blocks on the line cannot be overtaken any more, so no more are sent than keep it busy, and a newcomer is not kept
+waiting: two that the first stage has not finished, one for each stage and one more on the whole line. (Without the
+second rule blocks pile up before the slowest stage, and a file's make a live session late that the line has time for.)
+The first block of a session's second clip, which takes the sink of the model's own first latent frame, is held until
+that frame is known; its sink is made in the stages' shadow as soon as that is free, or else right before the block.
 """
 
 from __future__ import annotations
@@ -17,16 +19,23 @@ BUFFERS = 2  # of a link: a stage gets its next block while it works on one
 
 
 class Dispatcher:
-    """The scheduler with the order of blocks and sinks on the line. blocks_per_clip: before a session's sink changes.
+    """The scheduler with the order of blocks and sinks on a line of `stages`.
 
-    Whoever drives it asks `next` after every `request`, `clean` and `done`, and sends what it says in that order.
+    blocks_per_clip: before a session's sink changes. Whoever drives it asks `next` after every `request`, `clean` and
+    `done`, and sends what it says in that order.
     """
 
-    def __init__(self, scheduler: Scheduler, blocks_per_clip: int) -> None:
-        self.scheduler, self.blocks_per_clip = scheduler, blocks_per_clip
-        self._under_way = 0  # dispatched, not finished by the first stage
+    def __init__(self, scheduler: Scheduler, stages: int, blocks_per_clip: int) -> None:
+        self.scheduler, self.stages, self.blocks_per_clip = scheduler, stages, blocks_per_clip
+        self._entering = 0  # dispatched, not finished by the first stage
+        self._on_line = 0  # dispatched, not finished by the last stage
         self._shadow_of: Hashable = None  # the session whose sink the stages' shadows hold
         self._held: dict[Hashable, list[tuple[int, float]]] = {}  # blocks of sessions whose reference is not known yet
+
+    @property
+    def depth(self) -> int:
+        """Blocks that keep all stages busy: so many are on the line at most, and one session has to ask for as many."""
+        return self.stages + 1
 
     def open(self, session: Hashable, rate: float = 0.0, *, known: bool = False) -> None:
         """Let a session in; ValueError as `Scheduler.admit`. known: its new reference is there (a saved state)."""
@@ -57,15 +66,18 @@ class Dispatcher:
         self._shadow_of = session
         return True
 
-    def done(self) -> None:
-        """The first stage has finished a block."""
-        self._under_way -= 1
+    def done(self, stage: int) -> None:
+        """A stage has finished a block."""
+        self._entering -= stage == 0
+        self._on_line -= stage == self.stages - 1
 
     def next(self) -> tuple[Request, bool] | None:
         """The block to send now, and whether its session's sink has to be made before; None while there is no room."""
-        if self._under_way >= DISPATCHED or (request := self.scheduler.next()) is None:
+        room = self._entering < DISPATCHED and self._on_line < self.depth
+        if not room or (request := self.scheduler.next()) is None:
             return None
-        self._under_way += 1
+        self._entering += 1
+        self._on_line += 1
         changes = request.block == self.blocks_per_clip
         sink = changes and self._shadow_of != request.session  # another session's is in the shadow, or none
         if changes:

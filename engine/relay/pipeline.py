@@ -115,7 +115,7 @@ class Pipeline:
         self.plan, self.spec, self.entry = plan, spec, entry
         self.workers: Sequence[Worker] = ()
         self.scheduler = Scheduler(places)
-        self._turns = Dispatcher(self.scheduler, spec.stream.blocks_per_clip)
+        self._turns = Dispatcher(self.scheduler, len(plan.stages), spec.stream.blocks_per_clip)
         self.error: BaseException | None = None
         self._observe = observe
         self._lock = threading.RLock()
@@ -136,7 +136,7 @@ class Pipeline:
     @property
     def depth(self) -> int:
         """Blocks that one session has to have under way to keep all stages busy."""
-        return len(self.plan.stages) + 1
+        return self._turns.depth
 
     # -- sessions --------------------------------------------------------------------------------------------------
 
@@ -232,7 +232,7 @@ class Pipeline:
 
     def _dispatch(self) -> None:
         """Send what is due."""
-        while (due := self._turns.next()) is not None:
+        while self.error is None and (due := self._turns.next()) is not None:
             request, sink = due
             client = self._clients[request.session]  # type: ignore[index]
             parts, command = client.parcels.pop(request.block)
@@ -270,9 +270,8 @@ class Pipeline:
             self._observe(event)
         with self._lock:
             if isinstance(event, Done):
-                if event.stage == 0:
-                    self._turns.done()
-                    self._dispatch()
+                self._turns.done(event.stage)
+                self._dispatch()
             elif isinstance(event, Failed) and event.serial < 0:
                 self._fail(event)
             else:

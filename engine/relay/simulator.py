@@ -167,14 +167,14 @@ class Line:
         self.on_block: dict[int, Callable[[int], None]] = {}
         slowest = max(times.block_ms(stage) for stage in plan.stages)
         self.scheduler = Scheduler(places, 1e3 / slowest)
-        self._turns = Dispatcher(self.scheduler, StreamConfig().blocks_per_clip)
+        self._turns = Dispatcher(self.scheduler, len(plan.stages), StreamConfig().blocks_per_clip)
         self.stages: list[_Stage] = []
         self.stages.extend(_Stage(self, i) for i in range(len(plan.stages)))
 
     @property
     def depth(self) -> int:
         """Blocks that one session has under way, as `Pipeline.depth`."""
-        return len(self.stages) + 1
+        return self._turns.depth
 
     def open(self, session: int, rate: float, on_block: Callable[[int], None]) -> None:
         """Let a session in; ValueError with the reason when there is no place or no time for it."""
@@ -201,8 +201,8 @@ class Line:
         """Take a stage's answer."""
         if self.observe is not None:
             self.observe(event)
-        if isinstance(event, Done) and event.stage == 0:
-            self._turns.done()
+        if isinstance(event, Done):
+            self._turns.done(event.stage)
             self._dispatch()
         elif isinstance(event, Finished) and event.serial in self.on_block:
             self.on_block[event.serial](event.block)
