@@ -1,49 +1,24 @@
-"""The simulator: what is known of a line on paper, the same rules as the pipeline, and runs of the real one."""
+"""The simulator: what is known of a line on paper, the same rules as the pipeline, and the command."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
-import threading
-import time
-from collections.abc import Iterator
+import sys
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from liverelay.engine.cli import main
-from liverelay.engine.config import StreamConfig
-from liverelay.engine.engine import Engine
-from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.relay.dispatch import BUFFERS, DISPATCHED, Dispatcher
-from liverelay.engine.relay.messages import Block, Event
-from liverelay.engine.relay.pipeline import Pipeline, local_pipeline
-from liverelay.engine.relay.plan import Plan, StagePlan, parse_plan
 from liverelay.engine.relay.scheduler import FULL_LOAD, Scheduler
 from liverelay.engine.relay.simulator import PLAYER_S, Clock, Line, Outcome, Span, Visit, simulate
-from liverelay.engine.relay.stage import LineSpec, Stage
 from liverelay.engine.relay.times import StageTimes
-from liverelay.engine.telemetry import LineFigures, Telemetry
-from tests.rollout_twin import Wanted, random_block
+from tests.simulated import plan_of, run
 
 PLANS = ["0+1+2+3+vae", "0+1,2+3+vae", "0+1,2+3,vae", "0,1,2,3,vae"]
-Run = tuple[Line, list[Outcome], LineFigures]
-
-
-def plan_of(text: str) -> Plan:
-    return parse_plan(text, [f"gpu:{i}" for i in range(text.count(",") + 1)])
-
-
-def run(text: str, times: StageTimes, visits: list[Visit], *, handoff_ms: float = 0.0, places: int = 20) -> Run:
-    plan, clock = plan_of(text), Clock()
-    watch = Telemetry(plan, clock=lambda: clock.now)
-    line = Line(clock, plan, times, (handoff_ms,) * (len(plan.stages) - 1), places=places, observe=watch.observe)
-    outcomes = simulate([line], visits, clock)
-    return line, outcomes, watch.figures()
 
 
 def random_times(numbers: random.Random) -> StageTimes:
@@ -85,7 +60,7 @@ def test_stages_work_on_one_thing_at_a_time_in_the_order_of_dispatch(text: str, 
     blocks: list[list[tuple[int, int]]] = []
     for index in range(len(line.stages)):
         spans = [span for span in line.spans if span.stage == index]
-        assert all(a.end <= b.start + 1e-12 for a, b in itertools.pairwise(spans))
+        assert all(a.end <= b.start + 1e-12 for a, b in pairwise(spans))
         blocks.append([(span.session, span.block) for span in spans if span.block >= 0])
     assert all(order == blocks[0] for order in blocks)
     for number, outcome in enumerate(outcomes):
@@ -198,171 +173,6 @@ def test_the_dispatcher_sends_no_more_than_keeps_the_line_busy() -> None:
     assert due is not None and due[0].block == 4 and not due[1]  # its sink is in the shadow already
 
 
-# -- against real runs -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def parts(checkpoint: Path) -> Iterator[tuple[Engine, LineSpec]]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    engine = Engine.load(checkpoint, device="cpu", dtype=torch.float32, stream=StreamConfig())
-    config, geometry = engine.dit.config, Geometry(8, 8, engine.dit.config.head_dim)
-    audio = (1, config.audio_states, config.audio_dim, engine.stream.block_frames)
-    yield engine, LineSpec.make(geometry, engine.stream, audio)
-    torch.set_num_threads(before)
-
-
-class Pretender(Stage):
-    """A stage whose work is to wait as long as it is told to."""
-
-    times = StageTimes((0.0,) * 4, 0.0)
-
-    def open(self, number: int, tensors: Any) -> Any:
-        time.sleep(1e-3 * self.times.open_ms(self.plan))
-
-    def prepare_sink(self, number: int, reference: Any) -> None:
-        time.sleep(1e-3 * self.times.sink_ms(self.plan))
-        self.shadow_of = number
-
-    def denoise(self, number: int, block: Block, on_step: Any = None) -> None:
-        time.sleep(1e-3 * self.times.block_ms(StagePlan(self.plan.steps, False, ""), block.block))
-
-    def decode(self, number: int, block: int) -> torch.Tensor:
-        time.sleep(1e-3 * self.times.vae_ms)
-        return torch.zeros(1, 1, 1, 3, dtype=torch.uint8)
-
-
-def real_run(line: Pipeline, blocks: int, sessions: list[tuple[Any, Wanted]]) -> list[list[float]]:
-    """Seconds at which each session's blocks were there; every session asks ahead like `Session.frames`."""
-    begun, serials = time.perf_counter(), []
-    finished: list[list[float]] = [[] for _ in sessions]
-
-    def come(given: Any, block: Wanted) -> Iterator[Any]:
-        serial, tensors = line.open(given), {"latent": block.noise, "audio": block.audio}
-        serials.append(serial)
-        for number in range(blocks):
-            yield line.request(serial, number, tensors, block.distances)
-
-    def drive(times: list[float], wanted: list[Any], more: Iterator[Any]) -> None:
-        while wanted:
-            wanted.pop(0).result(timeout=60)
-            times.append(time.perf_counter() - begun)
-            wanted += itertools.islice(more, 1)
-
-    comers = [come(*session) for session in sessions]
-    asked = [list(itertools.islice(more, line.depth)) for more in comers]
-    threads = [threading.Thread(target=drive, args=given) for given in zip(finished, asked, comers, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for serial in serials:
-        line.close_session(serial)
-    return finished
-
-
-def tensors_of(parts: tuple[Engine, LineSpec], rng: torch.Generator) -> tuple[Any, Wanted]:
-    engine, spec = parts
-    given = {"text": torch.randn(7, engine.dit.config.text_dim, generator=rng)}
-    given |= {"reference": torch.randn(16, 1, 8, 8, generator=rng), "motion": torch.randn(16, 19, 8, 8, generator=rng)}
-    return given, random_block(spec, rng)
-
-
-def close_to(real: list[list[float]], simulated: list[Outcome]) -> dict[str, tuple[float, float]]:
-    """Real and simulated: blocks in a second of all sessions, seconds to the first frame of the first and last one."""
-    ends = sorted(t for times in real for t in times), sorted(t for o in simulated for t in o.finished_s)
-    half = len(ends[0]) // 4
-    rates = [(len(each) - 1 - half) / (each[-1] - each[half]) for each in ends]
-    firsts = [[times[0] for times in each] for each in (real, [o.finished_s for o in simulated])]
-    first, last = [min(each) for each in firsts], [max(each) for each in firsts]
-    return {name: (pair[0], pair[1]) for name, pair in (("rate", rates), ("first", first), ("last", last))}
-
-
-CASES = [
-    ("0+1,2+3+vae", 1, (9, 12, 8, 14), 20), ("0,1,2,3,vae", 2, (24, 15, 30, 18), 21),
-    ("0,1+2,3,vae", 3, (30, 9, 12, 25), 35),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("text", "sessions", "steps", "vae"), CASES, ids=[case[0] for case in CASES])
-def test_a_real_line_of_waits_goes_as_simulated(
-    parts: tuple[Engine, LineSpec], rng: torch.Generator, text: str, sessions: int, steps: tuple[int, ...], vae: int
-) -> None:
-    times = StageTimes(tuple(map(float, steps)), float(vae), 30.0, 60.0, attention_ms=5.0)
-    blocks = 60 // sessions + 20
-    _, simulated, _ = run(text, times, [Visit(0, blocks)] * sessions)
-    for left in (2, 1, 0):  # somebody else may have had the machine
-        engine, spec = parts
-        plan = parse_plan(text, ["cpu"] * (text.count(",") + 1))
-        stages = [Pretender(part, spec, engine.dit, engine.vae, torch.float32) for part in plan.stages]
-        for stage in stages:
-            stage.times = times
-        line = local_pipeline(plan, spec, stages, places=sessions)
-        found = close_to(real_run(line, blocks, [tensors_of(parts, rng) for _ in range(sessions)]), simulated)
-        line.close()
-        print(found)
-        if all(abs(real - ours) <= 0.1 * ours for real, ours in found.values()):
-            return
-        assert left, found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sessions", [1, 2])
-def test_a_real_model_goes_as_its_own_stage_times_say(
-    parts: tuple[Engine, LineSpec], rng: torch.Generator, sessions: int, tmp_path: Path
-) -> None:
-    """Two stages with one thread each. What they took on average, waits for a busy core included, is simulated."""
-    engine, spec = parts
-    text, blocks = "0+1,2+3+vae", 60 // sessions
-    for left in (3, 2, 1, 0):
-        plan = parse_plan(text, ["cpu"] * 2)
-        events: list[Event] = []
-        stages = [Stage(part, spec, engine.dit, engine.vae, torch.float32) for part in plan.stages]
-        opens = [watch_opening(stage) for stage in stages]
-        line = local_pipeline(plan, spec, stages, places=sessions, observe=events.append)
-        real_run(line, 5, [tensors_of(parts, rng) for _ in range(sessions)])  # what is slow once is done
-        for seen in (events, *opens):
-            seen.clear()
-        real = real_run(line, blocks, [tensors_of(parts, rng) for _ in range(sessions)])
-        line.close()
-        watch = Telemetry(plan, lines=tmp_path / "telemetry.jsonl")
-        for event in events:
-            watch.observe(event)
-        watch.close()
-        times = told_times(tmp_path / "telemetry.jsonl", [1e3 * float(np.mean(each)) for each in opens])
-        _, simulated, _ = run(text, times, [Visit(0, blocks)] * sessions)
-        found = close_to(real, simulated)
-        print(found)
-        if all(abs(mine - ours) <= 0.1 * ours for mine, ours in found.values()):
-            return
-        assert left, found
-
-
-def told_times(file: Path, opens: list[float]) -> StageTimes:
-    """Stage times from a run's telemetry, which does not tell the VAE from the steps of its stage."""
-    done = [record for record in map(json.loads, file.read_text().splitlines()) if "compute_ms" in record]
-    front, back = (
-        float(np.mean([record["compute_ms"] for record in done if record["stage"] == name]))
-        for name in ("0+1", "2+3+vae")
-    )
-    return StageTimes((front / 2, front / 2, back / 4, back / 4), back / 2, opens[0], max(0.0, opens[1] - opens[0]))
-
-
-def watch_opening(stage: Stage) -> list[float]:
-    """Seconds that the stage takes for each new session."""
-    seconds: list[float] = []
-    work = stage.open
-
-    def timed(*arguments: Any) -> Any:
-        begun = time.perf_counter()
-        result = work(*arguments)
-        seconds.append(time.perf_counter() - begun)
-        return result
-
-    stage.open = timed  # type: ignore[method-assign]
-    return seconds
-
-
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -387,7 +197,7 @@ def test_a_picture_is_drawn_or_the_missing_library_named(
 ) -> None:
     flags = ["simulate", "--gpus", "2", "--fp8", "all", "--seconds", "5", "--rates", "25,0", "--plot"]
     with monkeypatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+        patch.setitem(sys.modules, "matplotlib.figure", None)
         assert main([*flags, str(tmp_path / "a.png")]) == 1
         assert "matplotlib is needed for --plot" in capsys.readouterr().err and not list(tmp_path.iterdir())
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
