@@ -88,7 +88,8 @@ def _legend(figure: Any, spans: Sequence[Span]) -> None:
 
     sessions = sorted({span.session for span in spans})
     handles = [Patch(color=COLOURS[n % len(COLOURS)], label=f"session {n}") for n in sessions[: len(COLOURS)]]
-    handles.append(Patch(facecolor="white", edgecolor=PREFILL, hatch="////", label="sink and decoder prepared"))
+    if any(span.block < 0 for span in spans):
+        handles.append(Patch(facecolor="white", edgecolor=PREFILL, hatch="////", label="sink and decoder prepared"))
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7), frameon=False)
     for text in legend.get_texts():
         text.set_color(INK)
