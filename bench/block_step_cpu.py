@@ -23,19 +23,12 @@ from bench.plain_dit import PlainDiT  # noqa: E402
 from liverelay.engine.make_checkpoint import random_dit  # noqa: E402
 from liverelay.engine.models.dit import DiT  # noqa: E402
 from liverelay.engine.models.geometry import Geometry, reference_position  # noqa: E402
+from liverelay.engine.models.sizes import block_step_flops  # noqa: E402
 
 SMALL = DiTConfig(
     dim=512, ffn_dim=1408, num_heads=4, num_layers=8, audio_inject_layers=(0, 2, 4, 7), text_dim=256, audio_dim=128
 )
 TIMESTEP, DISTANCE = 602.1505737304688, 9
-
-
-def block_flops(config: DiTConfig, geometry: Geometry) -> float:
-    """Multiply-adds times two of one block-step with a full ring, without what is computed once per prompt."""
-    t, d, n = geometry.block_tokens, config.dim, geometry.arena_tokens
-    layer = 2 * t * d * (6 * d + 2 * config.ffn_dim) + 4 * t * d * (n + config.text_len)
-    injector = 4 * t * d * d + 4 * t * d * (config.num_audio_tokens + 1)
-    return float(config.num_layers * layer + len(config.audio_inject_layers) * injector)
 
 
 def matmul_flops_per_s(size: int = 1024, seconds: float = 1.0) -> float:
@@ -115,7 +108,7 @@ def main() -> int:
     layers = tuple(i for i in SMALL.audio_inject_layers if i < arguments.layers)
     config = replace(SMALL, num_layers=arguments.layers, audio_inject_layers=layers)
     geometry = Geometry(32, 32, config.head_dim)
-    peak, work = matmul_flops_per_s(), block_flops(config, geometry)
+    peak, work = matmul_flops_per_s(), sum(block_step_flops(config, geometry))
     print(f"ceiling: {peak / 1e9:.0f} GFLOP/s float32 matmul on {arguments.threads} threads")
     print(f"work of one block-step: {work / 1e9:.1f} GFLOP, so at least {work / peak:.3f} s")
     result = measure(config, geometry, blocks=arguments.blocks)

@@ -26,16 +26,15 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from bench import timing  # noqa: E402
-from bench.block_step_cpu import DISTANCE, TIMESTEP, block_flops  # noqa: E402
+from bench.block_step_cpu import DISTANCE, TIMESTEP  # noqa: E402
 from bench.block_step_cpu import measure as measure_whole_plain  # noqa: E402
 from bench.plain_dit import Layer, rope_table, rotate  # noqa: E402
 from bench.timing import Ceilings, Timing, one_line  # noqa: E402
-from liverelay.engine.cache import arena_bytes  # noqa: E402
 from liverelay.engine.make_checkpoint import _dit_tensor  # noqa: E402
 from liverelay.engine.models.dit import DiT  # noqa: E402
 from liverelay.engine.models.geometry import Geometry, reference_position  # noqa: E402
 from liverelay.engine.models.layers import load_weights  # noqa: E402
-from liverelay.engine.models.weights import dit_shapes  # noqa: E402
+from liverelay.engine.models.sizes import PUBLISHED, arena_bytes, block_step_flops, dit_shapes  # noqa: E402
 from liverelay.kernels import dispatch  # noqa: E402
 
 FRAMES = 12  # video frames of one block
@@ -51,9 +50,8 @@ PART_OF = {
 BUDGET_MS = {"": (117.0, 64.0, 10.0, 2.0), "products": (66.0, 64.0, 10.0, 2.0), "all": (66.0, 44.0, 10.0, 2.0)}
 
 
-INJECT = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
 PRESETS = {  # and latent height and width
-    "14b": (DiTConfig(5120, 13824, 40, 40, INJECT, text_dim=4096, audio_dim=1024), (88, 48)),
+    "14b": (PUBLISHED, (88, 48)),
     "tiny": (DiTConfig(128, 256, 4, 4, (0, 2), text_dim=64, text_len=64, audio_dim=32), (8, 16)),
 }
 
@@ -74,12 +72,6 @@ class RandomWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
-
-
-def flops_of_parts(config: DiTConfig, geometry: Geometry) -> tuple[float, float]:
-    """Floating-point operations of a block-step: self-attention, and all others (see `block_flops`)."""
-    attention = 4.0 * config.num_layers * geometry.block_tokens * geometry.arena_tokens * config.dim
-    return attention, block_flops(config, geometry) - attention
 
 
 def element_wise_bytes(config: DiTConfig, geometry: Geometry, size: int) -> float:
@@ -302,7 +294,7 @@ def run(config: DiTConfig, geometry: Geometry, device: torch.device, options: ar
     """All measurements; the file is written anew after each."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ceilings = timing.ceilings(device, min(0.2, options.seconds))
-    attention, others = flops_of_parts(config, geometry)
+    attention, others = block_step_flops(config, geometry)
     element = element_wise_bytes(config, geometry, dtype.itemsize)
     product = (options.fp8 and ceilings.fp8) or ceilings.matmul
     attending = product if options.fp8 == "all" else ceilings.matmul

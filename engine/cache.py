@@ -61,12 +61,3 @@ class Arena:
         if self.k_scale is not None and other.k_scale is not None:
             self.k_scale[:, :, :sink].copy_(other.k_scale[:, :, :sink])
         self.reference_position = other.reference_position
-
-
-def arena_bytes(config: DiTConfig, geometry: Geometry, element_bytes: int = 2, *, fp8: bool = False) -> int:
-    """Memory of one arena: what one session needs at one stage."""
-    rows, reference = geometry.arena_tokens, geometry.frame_tokens * config.dim * element_bytes
-    keys = values = rows * config.dim * element_bytes
-    if fp8:  # codes of keys with their scales, codes of values padded to 16 bytes
-        keys, values = rows * (config.dim + 4 * config.num_heads), -(-rows // 16) * 16 * config.dim
-    return config.num_layers * (keys + values + reference)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from liverelay.engine.arguments import add_fp8, positive, size
 from liverelay.engine.config import RankEnvironment, leave, set_process_defaults
 from liverelay.engine.errors import InputError, LiveRelayError, OutputError
+from liverelay.engine.planning import add_planning
 from liverelay.engine.version import __version__
 
 INTERRUPTED = 130
@@ -209,26 +210,6 @@ def _set_threads(threads: int | None) -> None:
 # -- arguments -----------------------------------------------------------------------------------------------------
 
 
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)[xX*](\d+)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"'{text}' is not WIDTHxHEIGHT, as in 704x384")
-    return int(match[1]), int(match[2])
-
-
-def _positive(kind: type[Any], what: str) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a number of {what}") from None
-        if not 0 < value < 1e9:
-            raise argparse.ArgumentTypeError(f"{text} is not a sensible number of {what}")
-        return value
-
-    return convert
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="liverelay", description="Real-time inference engine for Live Avatar: a talking person from one image.",
@@ -238,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="one image and a sound in, a video with sound out"))
     inspect = commands.add_parser("inspect", help="what a checkpoint holds, what is missing, memory it needs")
     inspect.add_argument("folder", type=Path, metavar="DIR", help="the checkpoint's folder")
-    inspect.add_argument("--size", type=_size, default=(704, 384), metavar="WxH", help="video size (704x384)")
+    inspect.add_argument("--size", type=size, default=(704, 384), metavar="WxH", help="video size (704x384)")
     inspect.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     inspect.add_argument("--lora", metavar="FILE", help="LoRA file, or 'none' (default: looked for)")
     inspect.add_argument("--json", action="store_true", help="print the report as json")
@@ -271,6 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     golden.add_argument("--backend", metavar="NAME", help="kernel backend (torch)")
     _add_line(golden, "cpu", threads=1)
     golden.set_defaults(command=_golden)
+    add_planning(commands)
     return parser
 
 
@@ -285,12 +267,12 @@ def _add_line(p: argparse.ArgumentParser, default: str, threads: int | None = No
         help="between the processes of torchrun: nccl on GPUs, gloo on CPUs (auto)",
     )
     p.add_argument(
-        "--threads", type=_positive(int, "threads"), metavar="N", default=threads,
+        "--threads", type=positive(int, "threads"), metavar="N", default=threads,
         help="CPU threads of each process; results are equal to the bit where this number is ("
         + ("all cores, 1 under torchrun)" if threads is None else f"{threads})"),
     )
     p.add_argument(
-        "--timeout", type=_positive(float, "seconds"), default=10.0, metavar="S",
+        "--timeout", type=positive(float, "seconds"), default=10.0, metavar="S",
         help="give a silent or stuck process up after this time (10)",
     )
 
@@ -303,31 +285,27 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--audio", type=Path, required=True, metavar="FILE", help="speech, any common format")
     p.add_argument("--prompt", default="", help="what is to be seen")
     p.add_argument("--out", type=Path, required=True, metavar="FILE.mp4", help="video to write (.mp4, .mov, .mkv)")
-    size = p.add_mutually_exclusive_group()
-    size.add_argument("--size", type=_size, metavar="WxH", help="video size in pixels, multiples of 64")
-    size.add_argument(
-        "--max-area", type=_size, default=DEFAULT_MAX_SIZE, metavar="WxH",
+    choice = p.add_mutually_exclusive_group()
+    choice.add_argument("--size", type=size, metavar="WxH", help="video size in pixels, multiples of 64")
+    choice.add_argument(
+        "--max-area", type=size, default=DEFAULT_MAX_SIZE, metavar="WxH",
         help="choose the size from the picture, by the published rule, within this area (720x400)",
     )
-    p.add_argument("--seconds", type=_positive(float, "seconds"), metavar="N", help="at most this long")
+    p.add_argument("--seconds", type=positive(float, "seconds"), metavar="N", help="at most this long")
     p.add_argument("--seed", type=int, default=0, help="of all randomness (0)")
     p.add_argument("--live", action="store_true", help="hear the sound piece by piece, as a live stream would")
     p.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="also write a picture of frames in time")
     p.add_argument("--lora", metavar="FILE", help="LoRA file, or 'none' (default: looked for beside the checkpoint)")
     _add_line(p, "a GPU where there is one")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="bfloat16 on a GPU, float32 on a CPU")
-    p.add_argument(
-        "--fp8", nargs="?", const="products", default=False, choices=("products", "attention", "all"),
-        help="FP8 (e4m3) in the transformer's large products (the default of --fp8), in self-attention with half the "
-        "arena's memory, or in both",
-    )
+    add_fp8(p)
     p.add_argument("--backend", metavar="NAME", help="kernel backend or attention, as liverelay kernels lists")
     p.add_argument(
         "--relative-distance", type=int, metavar="N",
         help="constant distance of the rolling sink, in latent frames (drawn from 4..30 as published)",
     )
     p.add_argument(
-        "--snapshot-every", type=_positive(int, "blocks"), default=0, metavar="BLOCKS",
+        "--snapshot-every", type=positive(int, "blocks"), default=0, metavar="BLOCKS",
         help="save the state in OUT.resume now and then; started again, by hand or by torchrun --max-restarts, a run "
         "that was cut off goes on from there",
     )

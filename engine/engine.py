@@ -17,7 +17,7 @@ from liverelay.engine.errors import CheckpointError, InputError
 from liverelay.engine.loading import Loader, Say, devices_of
 from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
-from liverelay.engine.models.geometry import Geometry
+from liverelay.engine.models.geometry import LONGEST_SIDE, Geometry, check_size
 from liverelay.engine.models.image import as_image, choose_size, prepare_image
 from liverelay.engine.models.text import TextEncoder
 from liverelay.engine.models.vae import VAE
@@ -27,6 +27,7 @@ from liverelay.engine.relay.pipeline import Observer, Pipeline, local_pipeline
 from liverelay.engine.relay.plan import Plan, balanced_plan
 from liverelay.engine.relay.ranks import Leader
 from liverelay.engine.relay.stage import LineSpec, Stage
+from liverelay.engine.relay.times import vae_share
 from liverelay.engine.snapshot import Snapshot, model_id
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ DEFAULT_MAX_AREA = DEFAULT_MAX_SIZE[0] * DEFAULT_MAX_SIZE[1]
 VAE_STRIDE = 8
 KEPT_LINES = 2
 SESSIONS = 16
-LONGEST_SIDE = 8192
 
 
 class Engine:
@@ -89,7 +89,7 @@ class Engine:
         say(line) is told what is being loaded. CheckpointError names a file, key or shape that does not fit.
         """
         stream = stream or StreamConfig()
-        plan = device if isinstance(device, Plan) else balanced_plan(devices_of(device), stream.steps)
+        plan = device if isinstance(device, Plan) else balanced_plan(devices_of(device), stream.steps, vae_share())
         loader = Loader.make(checkpoint, plan.devices, lora=lora, dtype=dtype, backend=backend, fp8=fp8, say=say)
         return cls.assemble(loader, plan, stream)
 
@@ -298,11 +298,5 @@ def pick_size(picture: tuple[int, int], size: tuple[int, int] | None, max_area: 
         return height, width
     if len(size) != 2 or not all(type(side) is int for side in size):
         raise InputError(f"a size is (width, height) in whole pixels, not {size!r}")
-    width, height = size
-    if width < 64 or height < 64 or width % 64 or height % 64 or max(size) > LONGEST_SIDE:
-        near = [min(LONGEST_SIDE, max(64, round(side / 64) * 64)) for side in (width, height)]
-        raise InputError(
-            f"a size of {width}x{height} is not made of multiples of 64 up to {LONGEST_SIDE}; "
-            f"{near[0]}x{near[1]} is near"
-        )
-    return height, width
+    check_size(size)
+    return size[1], size[0]

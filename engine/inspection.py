@@ -5,6 +5,7 @@ Only headers are read: shapes of safetensors files, and the memory-mapped tables
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,17 +13,23 @@ from typing import Any
 
 from torch import Tensor
 
-from liverelay.engine.cache import arena_bytes
 from liverelay.engine.checkpoint import DIT_STEM, CheckpointFiles, find_checkpoint
 from liverelay.engine.config import DiTConfig, StreamConfig
 from liverelay.engine.errors import CheckpointError, InputError
 from liverelay.engine.models.audio import open_wav2vec2
 from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.models.lora import MergedSource
+from liverelay.engine.models.sizes import (
+    arena_bytes,
+    dit_bytes,
+    text_bytes,
+    vae_bytes,
+    vae_cache_bytes,
+    workspace_bytes,
+)
 from liverelay.engine.models.text import text_sizes
 from liverelay.engine.models.vae_config import VAEConfig, expected_shapes
 from liverelay.engine.models.weights import (
-    SCALE,
     TensorSource,
     check_dit,
     check_shapes,
@@ -34,8 +41,6 @@ from liverelay.engine.models.weights import (
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 GIB = 1 << 30
 STEPS = 4
-# Parts of the transformer that are kept in float32 whatever the working dtype (spec dit.md section 3).
-_FLOAT32 = ("head.", "casual_audio_encoder.encoder.")
 
 
 @dataclass
@@ -130,14 +135,7 @@ def _look(name: str, path: Path, read: Callable[[], Mapping[str, tuple[int, ...]
         shapes = read()
     except CheckpointError as error:
         return Part(name, str(path), "broken", note=str(error))
-    return Part(name, str(path), "ok", len(shapes), sum(_count(shape) for shape in shapes.values()))
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
+    return Part(name, str(path), "ok", len(shapes), sum(map(math.prod, shapes.values())))
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -163,13 +161,6 @@ def _text(files: CheckpointFiles) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _element(key: str, shapes: Mapping[str, tuple[int, ...]], element: int) -> int:
-    """Bytes of one element of a transformer's tensor on the device."""
-    if f"{key}{SCALE}" in shapes:
-        return 1
-    return 4 if key.startswith(_FLOAT32) or key.endswith(("modulation", SCALE)) else element
-
-
 def _fill_memory(
     report: Report, shapes: Mapping[str, tuple[int, ...]], vae_shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
@@ -182,25 +173,16 @@ def _fill_memory(
         raise InputError(f"{width}x{height}: {error}") from None
     element = DTYPE_BYTES[report.dtype]
     memory = report.memory
-    memory["transformer"] = sum(
-        _count(shape) * _element(key, shapes, element)
-        for key, shape in shapes.items()
-    )
+    memory["transformer"] = dit_bytes(shapes, element)
     memory["workspace"] = workspace_bytes(config, geometry, element, fp8=is_quantized(shapes))
     memory["arena_per_session_and_stage"] = arena_bytes(config, geometry, element)
     memory["the_same_with_fp8_attention"] = arena_bytes(config, geometry, element, fp8=True)
-    memory["text_per_session"] = 2 * config.num_layers * config.text_len * config.dim * element
+    memory["text_per_session"] = text_bytes(config, element)
     sizes = {part.name: part for part in report.parts}
     if vae_shapes:
         vae = VAEConfig.from_shapes(vae_shapes)
-        memory["vae"] = sum(  # the encoder half is kept in float32
-            _count(shape) * (4 if key.startswith(("encoder.", "conv1.")) else element)
-            for key, shape in vae_shapes.items()
-        )
-        memory["vae_cache_per_session"] = sum(
-            channels * (2 + frames) * geometry.latent_h * geometry.latent_w * scale * scale * element
-            for channels, frames, scale in vae.decoder_slots().values()
-        )
+        memory["vae"] = vae_bytes(vae_shapes, element)
+        memory["vae_cache_per_session"] = vae_cache_bytes(vae, geometry, element)
     memory["audio_encoder"] = sizes["audio encoder"].parameters * element
     memory["text_encoder_while_encoding_a_prompt"] = sizes["text encoder"].parameters * element
     shared = memory["transformer"] + memory["workspace"]
@@ -212,18 +194,6 @@ def _fill_memory(
     )
     memory["each_of_four_stage_gpus_one_session"] = shared + session + memory["audio_encoder"]
     memory["vae_gpu_one_session"] = vae_total
-
-
-def workspace_bytes(config: DiTConfig, geometry: Geometry, element: int, *, fp8: bool = False) -> int:
-    """Static buffers of `liverelay.engine.models.workspace.Workspace`, RoPE tables included."""
-    tokens = max(geometry.block_tokens, geometry.sink_tokens)
-    activations = tokens * (config.dim * 9 + config.ffn_dim + 4 * config.in_channels) * element
-    if fp8:  # what a product reads in one byte a value: the norm's buffer, the feed-forward's beside it, row scales
-        activations += tokens * (config.dim * (1 - element) + config.ffn_dim + 4)
-    head = tokens * config.dim * 4
-    rope = (geometry.block_tokens + geometry.frame_tokens + geometry.sink_tokens) * config.head_dim * 4
-    place = 3 * 4
-    return activations + head + rope + place
 
 
 def render(report: Report) -> None:

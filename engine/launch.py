@@ -15,6 +15,7 @@ from liverelay.engine.relay.group import TIMEOUT_S, Group
 from liverelay.engine.relay.plan import Plan, balanced_plan, parse_plan
 from liverelay.engine.relay.ranks import Leader, RankServer
 from liverelay.engine.relay.stage import LineSpec, Stage
+from liverelay.engine.relay.times import vae_share
 
 TRANSPORTS = ("auto", "local", "gloo", "nccl")
 
@@ -43,7 +44,7 @@ def make_plan(options: LineOptions, ranks: RankEnvironment | None, steps: int) -
             raise InputError("the transport local is for one process, and torchrun started several")
         own = own_device(options, ranks)
         devices = (own,) * ranks.world
-    plan = parse_plan(options.plan, devices) if options.plan else balanced_plan(devices, steps)
+    plan = parse_plan(options.plan, devices) if options.plan else balanced_plan(devices, steps, vae_share())
     if plan.steps != steps:
         raise InputError(f"the plan {plan} has {plan.steps} steps, the schedule {steps}")
     if ranks is not None and len(plan.stages) != ranks.world:

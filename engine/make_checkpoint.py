@@ -18,9 +18,10 @@ from liverelay.engine.checkpoint import DIT_STEM, LORA_FOLDERS, CheckpointFiles
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.errors import InputError, MissingExtraError, OutputError
 from liverelay.engine.media import part_path
+from liverelay.engine.models.sizes import dit_shapes
 from liverelay.engine.models.text import text_shapes
 from liverelay.engine.models.vae_config import VAEConfig, expected_shapes
-from liverelay.engine.models.weights import dit_shapes, save_tensors
+from liverelay.engine.models.weights import save_tensors
 
 SHARDS = 2
 LORA_TARGETS = (".q", ".k", ".v", ".o", ".ffn.0", ".ffn.2")

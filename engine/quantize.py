@@ -19,7 +19,8 @@ from torch import Tensor
 from liverelay.engine.checkpoint import DIT_STEM, find_checkpoint
 from liverelay.engine.errors import CheckpointError, OutputError
 from liverelay.engine.media import part_path
-from liverelay.engine.models.weights import SCALE, fp8_modules, is_quantized, quantize_weight, save_tensors
+from liverelay.engine.models.sizes import SCALE, fp8_modules
+from liverelay.engine.models.weights import is_quantized, quantize_weight, save_tensors
 
 SHARD_BYTES = 4 << 30
 COPIED_BYTES = 4 << 20

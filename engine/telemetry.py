@@ -71,15 +71,16 @@ class Telemetry:
     """Sees every event of a line. Give its `observe` to the engine before a session is opened.
 
     lines: a file that gets a line of JSON for each block and stage; trace: one that gets the timeline in Chrome's
-    trace format (chrome://tracing, Perfetto). block_frames, fps: of the video.
+    trace format (chrome://tracing, Perfetto). block_frames, fps: of the video. clock: of the events; the simulator has
+    its own.
     """
 
     def __init__(
         self, plan: Plan, *, block_frames: int = 12, fps: int = 25, lines: Path | None = None,
-        trace: Path | None = None,
+        trace: Path | None = None, clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.plan, self._block_frames, self._fps = plan, block_frames, fps
-        self._started = time.perf_counter()
+        self.plan, self._block_frames, self._fps, self._clock = plan, block_frames, fps, clock
+        self._started = clock()
         self._first_frame: float | None = None
         self._finished: deque[float] = deque(maxlen=LAST_BLOCKS)
         self._windows = [_Window() for _ in plan.stages]
@@ -97,7 +98,7 @@ class Telemetry:
         """Take an event; called from any thread."""
         with self._lock:
             if isinstance(event, Finished):
-                now = time.perf_counter()
+                now = self._clock()
                 self._finished.append(now)
                 if self._first_frame is None:
                     self._first_frame = now - self._started

@@ -19,9 +19,9 @@ from torch import Tensor
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.golden import GoldenOptions, run
 from liverelay.engine.models.sampler import make_schedule
+from liverelay.engine.models.sizes import dit_shapes
 from liverelay.engine.models.text import text_shapes
 from liverelay.engine.models.vae_config import LATENT_MEAN, LATENT_STD, VAEConfig, expected_shapes
-from liverelay.engine.models.weights import dit_shapes
 
 DATA = Path(__file__).parent / "data"
 CONFIG = DiTConfig(

@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from liverelay.engine.cli import main
-from liverelay.engine.config import DiTConfig
 from liverelay.engine.engine import Engine
 from liverelay.engine.errors import CheckpointError, InputError, OutputError
 from liverelay.engine.inspection import inspect_checkpoint
 from liverelay.engine.make_checkpoint import make_checkpoint
 from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.models.lora import MergedSource
+from liverelay.engine.models.sizes import PUBLISHED, dit_shapes
 from liverelay.engine.models.text import text_shapes
-from liverelay.engine.models.weights import dit_shapes, open_pth, open_sharded
+from liverelay.engine.models.weights import open_pth, open_sharded
 
 pytest.importorskip("transformers")
 STEM, AUDIO, TOKENIZER = "diffusion_pytorch_model", "wav2vec2-large-xlsr-53-english", "google/umt5-xxl"
@@ -205,8 +205,7 @@ def test_memory_figures_are_those_of_real_allocations(checkpoint: Path, dtype: t
 
 
 def test_parameters_of_the_published_sizes() -> None:
-    inject = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
-    dit = dit_shapes(DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, audio_inject_layers=inject))
+    dit = dit_shapes(PUBLISHED)
     text = text_shapes(256384, 4096, 10240, 64, 4096, 24)
     counts = [sum(map(math.prod, shapes.values())) for shapes in (dit, text)]
     assert counts == [16_295_755_609, 5_680_910_336] and len(dit) == 1260

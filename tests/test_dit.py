@@ -16,7 +16,7 @@ from liverelay.engine.config import DiTConfig
 from liverelay.engine.errors import CheckpointError, InputError
 from liverelay.engine.models.dit import DiT, _audio_norm, _stream_norm
 from liverelay.engine.models.geometry import Geometry, reference_position
-from liverelay.engine.models.weights import dit_shapes
+from liverelay.engine.models.sizes import dit_shapes
 from liverelay.kernels.contract import Update
 from tests.compare import relative
 from tests.dit_twin import Twin

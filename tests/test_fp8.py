@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from liverelay.engine.cache import arena_bytes
 from liverelay.engine.checkpoint import find_checkpoint
 from liverelay.engine.cli import main
 from liverelay.engine.devices import check_fp8, fp8_parts
@@ -19,6 +18,7 @@ from liverelay.engine.errors import InputError
 from liverelay.engine.inspection import inspect_checkpoint
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import Geometry
+from liverelay.engine.models.sizes import arena_bytes
 from liverelay.engine.quantize import quantize_checkpoint
 from liverelay.kernels import torch_ops
 from tests.compare import relative
@@ -115,6 +115,8 @@ def test_fp8_attention_halves_the_arena(checkpoint: Path) -> None:
         dit = DiT.load(source, config, dtype=torch.bfloat16, fp8_attention=on)
         arena, other = dit.make_arena(geometry), dit.make_arena(geometry)
         assert arena.nbytes == arena_bytes(config, geometry, 2, fp8=on)
+        shadow = arena_bytes(config, geometry, 2, fp8=on, sink_only=True)
+        assert dit.make_arena(geometry, sink_only=True).nbytes == shadow
         assert arena.k.dtype == arena.v.dtype == (FP8 if on else torch.bfloat16)
         tensors = [t for t in (arena.k, arena.v, arena.reference_k, arena.k_scale) if t is not None]
         for tensor in tensors:

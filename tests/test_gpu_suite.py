@@ -15,6 +15,7 @@ import torch
 
 from bench import gpu_suite, line_14b, micro, report, stage_14b, timing
 from bench.gpu_suite import Part, conclude, run_parts
+from liverelay.engine.models.sizes import block_step_flops
 from liverelay.kernels.registry import KERNELS
 
 CPU = torch.device("cpu")
@@ -253,7 +254,7 @@ def test_without_a_gpu_only_plain_pytorch_is_timed(tmp_path: Path, capsys: pytes
 def test_operations_of_the_full_size_are_those_of_the_budget() -> None:
     config, size = stage_14b.PRESETS["14b"]
     geometry = stage_14b.Geometry(*size, config.head_dim)
-    attention, others = stage_14b.flops_of_parts(config, geometry)
+    attention, others = block_step_flops(config, geometry)
     assert (geometry.block_tokens, geometry.arena_tokens) == (3168, 15312)
     assert (round(attention / 1e12), round(others / 1e12)) == (40, 81)
     assert 25e9 < stage_14b.element_wise_bytes(config, geometry, 2) < 35e9

@@ -20,8 +20,11 @@ ENVIRONMENT = {"engine/config.py"}  # the only files that may read the environme
 
 # A module of the engine imports only from rows above its own. A new module gets its place here.
 LAYERS = (
-    "errors version progress models.sampler models relay relay.scheduler",
-    "config devices relay.plan native media models.geometry models.lora models.image models.vae_config",
+    "errors version progress arguments models.sampler models relay relay.scheduler relay.links",
+    "config devices relay.plan relay.dispatch native media models.geometry models.lora models.image models.vae_config",
+    "models.sizes",
+    "relay.times",
+    "relay.planner",
     "cache models.weights models.vae_layers models.workspace",
     "checkpoint models.layers models.audio models.text models.vae",
     "models.dit models.audio_live",
@@ -31,7 +34,7 @@ LAYERS = (
     "relay.pipeline relay.remote loading",
     "relay.group",
     "relay.ranks",
-    "stream telemetry",
+    "stream telemetry relay.simulator",
     "session steps",
     "engine",
     "make_checkpoint recovery launch quantize",
@@ -39,6 +42,8 @@ LAYERS = (
     "golden",
     "golden.audio golden.dit golden.image golden.lora golden.text golden.vae",
     "golden.tpp",
+    "timeline",
+    "planning",
     "cli",
     "__main__ __init__",
 )

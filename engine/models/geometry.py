@@ -15,6 +15,7 @@ from liverelay.engine.errors import InputError
 REFERENCE_POSITION = 30
 ROPE_THETA = 10000.0
 MOTION_LATENTS = 19
+LONGEST_SIDE = 8192  # pixels of a video
 # (first latent frame, number of latent frames, temporal stride, spatial stride in tokens, RoPE time of each group)
 MOTION_BUCKETS = (
     (18, 1, 1, 1, (-1,)),
@@ -86,6 +87,17 @@ class Geometry:
     def valid_tokens(self, start_frame: int) -> int:
         """Arena rows that the block at `start_frame` attends to, once its own keys are written."""
         return self.sink_tokens + min(start_frame + self.frames_per_block, self.ring_frames) * self.frame_tokens
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """InputError, with a size that is near, unless (width, height) in pixels is made of multiples of 64."""
+    width, height = size
+    if width < 64 or height < 64 or width % 64 or height % 64 or max(size) > LONGEST_SIDE:
+        near = [min(LONGEST_SIDE, max(64, round(side / 64) * 64)) for side in (width, height)]
+        raise InputError(
+            f"a size of {width}x{height} is not made of multiples of 64 up to {LONGEST_SIDE}; "
+            f"{near[0]}x{near[1]} is near"
+        )
 
 
 def split_pairs(head_dim: int) -> tuple[int, int, int]:

@@ -20,9 +20,8 @@ from safetensors.torch import save_file
 
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.errors import CheckpointError, OutputError
+from liverelay.engine.models.sizes import SCALE, Shapes, dit_shapes, fp8_shapes
 from liverelay.kernels import torch_ops
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class TensorSource(Mapping[str, torch.Tensor]):
@@ -115,57 +114,6 @@ def check_shapes(found: Shapes, expected: Shapes, what: str) -> None:
         raise CheckpointError(f"{what} holds '{unknown[0]}', which the model does not have ({len(unknown)} such keys)")
 
 
-def dit_shapes(c: DiTConfig) -> dict[str, tuple[int, ...]]:
-    """Every key of the published DiT with its shape (spec dit.md section 2)."""
-    d = c.dim
-
-    def linear(name: str, out: int, inner: int) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (out, inner), f"{name}.bias": (out,)}
-
-    def attention(name: str) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {f"{name}.norm_q.weight": (d,), f"{name}.norm_k.weight": (d,)}
-        for part in "qkvo":
-            shapes |= linear(f"{name}.{part}", d, d)
-        return shapes
-
-    def conv(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-
-    shapes = conv("patch_embedding", d, c.in_channels, 1, 2, 2) | conv("cond_encoder", d, c.cond_channels, 1, 2, 2)
-    shapes |= linear("text_embedding.0", d, c.text_dim) | linear("text_embedding.2", d, d)
-    shapes |= linear("time_embedding.0", d, c.freq_dim) | linear("time_embedding.2", d, d)
-    shapes |= linear("time_projection.1", 6 * d, d) | {"trainable_cond_mask.weight": (3, d)}
-    for name, stride in (("proj", 1), ("proj_2x", 2), ("proj_4x", 4)):
-        shapes |= conv(f"frame_packer.{name}", d, c.in_channels, stride, 2 * stride, 2 * stride)
-    for i in range(c.num_layers):
-        block = f"blocks.{i}"
-        shapes |= attention(f"{block}.self_attn") | attention(f"{block}.cross_attn")
-        shapes |= {f"{block}.modulation": (1, 6, d), f"{block}.norm3.weight": (d,), f"{block}.norm3.bias": (d,)}
-        shapes |= linear(f"{block}.ffn.0", c.ffn_dim, d) | linear(f"{block}.ffn.2", d, c.ffn_dim)
-    shapes |= {"head.modulation": (1, 2, d)} | linear("head.head", 4 * c.in_channels, d)
-    audio = "casual_audio_encoder"
-    heads = c.num_audio_tokens
-    shapes |= {f"{audio}.weights": (1, c.audio_states, 1, 1), f"{audio}.encoder.padding_tokens": (1, 1, 1, d)}
-    shapes |= conv(f"{audio}.encoder.conv1_local.conv", d // 4 * heads, c.audio_dim, 3)
-    shapes |= conv(f"{audio}.encoder.conv1_global.conv", d // 4, c.audio_dim, 3)
-    shapes |= conv(f"{audio}.encoder.conv2.conv", d // 2, d // 4, 3) | conv(f"{audio}.encoder.conv3.conv", d, d // 2, 3)
-    shapes |= linear(f"{audio}.encoder.final_linear", d, d)
-    for j in range(len(c.audio_inject_layers)):
-        shapes |= attention(f"audio_injector.injector.{j}")
-        shapes |= linear(f"audio_injector.injector_adain_layers.{j}.linear", 2 * d, d)
-    return shapes
-
-
-SCALE = "_scale"  # follows the key of a weight that is stored in FP8
-
-
-def fp8_modules(c: DiTConfig) -> list[str]:
-    """The linear layers that run in FP8: those of the stage loop, but not the small or float32 ones."""
-    names = [f"self_attn.{part}" for part in "qkvo"] + ["cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"]
-    modules = [f"blocks.{i}.{name}" for i in range(c.num_layers) for name in names]
-    return modules + [f"audio_injector.injector.{j}.{part}" for j in range(len(c.audio_inject_layers)) for part in "qo"]
-
-
 def is_quantized(shapes: Iterable[str]) -> bool:
     """Whether a checkpoint was written by `liverelay quantize`."""
     return any(key.endswith(f".weight{SCALE}") for key in shapes)
@@ -173,9 +121,7 @@ def is_quantized(shapes: Iterable[str]) -> bool:
 
 def check_dit(shapes: Shapes, config: DiTConfig, what: str) -> None:
     """CheckpointError that names the first key of a transformer, quantised or not, that does not fit."""
-    expected = dit_shapes(config)
-    if is_quantized(shapes):
-        expected |= {f"{m}.weight{SCALE}": expected[f"{m}.weight"][:1] for m in fp8_modules(config)}
+    expected = fp8_shapes(config) if is_quantized(shapes) else dit_shapes(config)
     check_shapes(shapes, expected, what)
 
 

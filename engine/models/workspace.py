@@ -106,7 +106,7 @@ class Workspace:
         frames, rows, cols = geometry.frames_per_block, range(geometry.rows), range(geometry.cols)
         sizes = [4, *[frames * pairs] * 2, *[pairs] * 2]
         words = torch.zeros(sum(sizes), device=device)
-        self._staging, self._draft = Staging(words), torch.zeros(sum(sizes))
+        self._staging, self._draft = Staging(words), np.zeros(sum(sizes), dtype=np.float32)
         place, *times = (part.view(-1, pairs) if i else part for i, part in enumerate(words.split(sizes)))
         self.place = Place(0, 0, False, place.view(torch.int32)[:3])
         self.block_rope = RopeTable(grid_angles(range(frames), rows, cols, head_dim), times[:2])
@@ -123,14 +123,14 @@ class Workspace:
         and on the device: one copy that nothing waits for. Exact at any position (design section 2.3)."""
         place = self.place
         place.row, place.valid, place.moved = row, valid, moved
-        draft = self._draft.numpy()
+        draft = self._draft
         draft[:3].view(np.int32)[:] = row, valid, moved
         if times is not None:
             first, reference = times
             frames = range(first, first + self.geometry.frames_per_block)
             parts = [*angles(frames, self._pairs), *angles([reference], self._pairs)]
             draft[4:] = np.concatenate([part.ravel() for part in parts])
-        self._staging.write(self._draft)
+        self._staging.write(torch.from_numpy(draft))
 
     def spread_times(self) -> None:
         """From the words that were filled to the tables: the device's part of it, which a graph can hold."""

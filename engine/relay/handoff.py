@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-BUFFERS = 2
+from liverelay.engine.relay.dispatch import BUFFERS
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 

@@ -7,11 +7,12 @@ that an answer for a session that was closed meanwhile is known as such.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:  # the simulator speaks the same words and has no tensors
+    from torch import Tensor
 
-Tensors = dict[str, Tensor]
+Tensors = dict[str, "Tensor"]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """The leader of a line of stages: sessions come and go, their blocks are dispatched in turn, results come back.
 
 The stages run in threads of this process or in processes of their own; the leader sees them as somebody who takes
-commands and answers with events. All stages get the same commands in the same order, so blocks need no header. Two
-blocks at most are dispatched that the first stage has not finished, so that a newcomer is not kept waiting.
+commands and answers with events. All stages get the same commands in the same order, so blocks need no header.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from liverelay.engine.errors import InputError, LiveRelayError
+from liverelay.engine.relay.dispatch import Dispatcher
 from liverelay.engine.relay.handoff import Link, LocalLink, Shapes
 from liverelay.engine.relay.loop import StageLoop
 from liverelay.engine.relay.messages import (
@@ -48,7 +48,6 @@ from liverelay.engine.relay.stage import LineSpec, Stage, check_latents
 
 _open_lines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 STUCK_S = 1.0  # that a stage of a broken line is waited for
-DISPATCHED = 2  # blocks: one that the first stage works on, one that waits for it
 Observer = Callable[[Event], None]
 MakeLink = Callable[[Shapes, torch.device, torch.dtype], Link]
 
@@ -100,7 +99,6 @@ class Client:
     finished: dict[int, Any] = field(default_factory=dict)  # frames of blocks that still lack an answer
     kept: set[int] = field(default_factory=set)  # blocks whose latents after each step were asked for
     steps: dict[int, int] = field(default_factory=dict)  # how many of them have come
-    held: list[tuple[int, float]] = field(default_factory=list)  # blocks that wait for the new reference
     reference: Tensor | None = None  # the model's own first latent frame, until a stage has it in its arena
     saved: dict[int, Saved] = field(default_factory=dict)
     saving: Future[dict[int, Saved]] | None = None
@@ -119,14 +117,13 @@ class Pipeline:
         self.plan, self.spec, self.entry = plan, spec, entry
         self.workers: Sequence[Worker] = ()
         self.scheduler = Scheduler(places)
+        self._turns = Dispatcher(self.scheduler, len(plan.stages), spec.stream.blocks_per_clip)
         self.error: BaseException | None = None
         self._observe = observe
         self._lock = threading.RLock()
         self._clients: dict[int, Client] = {}
         self._free = list(range(places))[::-1]
         self._serials = itertools.count()
-        self._under_way = 0  # dispatched, not finished by the first stage
-        self._shadow_of = -1  # serial of the session whose sink the stages' shadows hold
         self._abandoned: deque[int] = deque()
         _open_lines.add(self)
 
@@ -141,7 +138,7 @@ class Pipeline:
     @property
     def depth(self) -> int:
         """Blocks that one session has to have under way to keep all stages busy."""
-        return len(self.plan.stages) + 1
+        return self._turns.depth
 
     # -- sessions --------------------------------------------------------------------------------------------------
 
@@ -157,16 +154,16 @@ class Pipeline:
             assert self.sessions <= self.scheduler.places  # and those that were abandoned are closed by now
             try:
                 serial = next(self._serials)
-                self.scheduler.admit(serial, rate)
+                reference = None if state is None else state[0].get("new_reference")
+                self._turns.open(serial, rate, known=reference is not None)
             except ValueError as error:
                 raise InputError(f"no session can be opened: {error}") from None
-            client = self._clients[serial] = Client(self._free.pop(), serial)
+            client = self._clients[serial] = Client(self._free.pop(), serial, reference=reference)
             names = (client.place, serial)
             if state is None:
                 self._tell(Open(*names, tensors))
             else:
                 self._tell(Load(*names, tensors | state[0], state[1]))
-                client.reference = state[0].get("new_reference")
             return serial
 
     def abandon(self, serial: int) -> None:
@@ -179,9 +176,7 @@ class Pipeline:
             client = self._clients.pop(serial, None)
             if client is None:
                 return
-            self.scheduler.remove(serial)
-            if self._shadow_of == serial:
-                self._shadow_of = -1
+            self._turns.close(serial)
             for future in client.results.values():
                 future.cancel()
             if self.error is None:
@@ -204,10 +199,7 @@ class Pipeline:
             if keep:
                 client.kept.add(block)
             client.parcels[block] = (parts, Block(client.place, serial, block, tuple(distances), keep))
-            if block >= self.spec.stream.blocks_per_clip and client.reference is None:
-                client.held.append((block, deadline))
-            else:
-                self.scheduler.request(serial, block, deadline)
+            self._turns.request(serial, block, deadline)
             self._dispatch()
             return future
 
@@ -244,21 +236,18 @@ class Pipeline:
     # -- dispatch --------------------------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """Send what is due, as long as the first stage has room."""
-        while self._under_way < DISPATCHED and (request := self.scheduler.next()) is not None:
+        """Send what is due."""
+        while self.error is None and (due := self._turns.next()) is not None:
+            request, sink = due
             client = self._clients[request.session]  # type: ignore[index]
             parts, command = client.parcels.pop(request.block)
-            if request.block == self.spec.stream.blocks_per_clip and self._shadow_of != client.serial:
-                self._prepare_sink(client)  # another session's sink is in the shadow
-            if request.block == self.spec.stream.blocks_per_clip:
-                self._shadow_of = -1
-            self._under_way += 1
+            if sink:
+                self._prepare_sink(client)
             self._tell(command)
             self.entry.send(_AsParcel(parts))  # type: ignore[arg-type]
 
     def _prepare_sink(self, client: Client) -> None:
         assert client.reference is not None
-        self._shadow_of = client.serial
         self._tell(Sink(client.place, client.serial, {"reference": client.reference}))
 
     def _tell(self, command: Command) -> None:
@@ -287,9 +276,8 @@ class Pipeline:
         with self._lock:
             if isinstance(event, Done):
                 self.scheduler.timed(event.stage, event.computed - event.begun)
-                if event.stage == 0:
-                    self._under_way -= 1
-                    self._dispatch()
+                self._turns.done(event.stage)
+                self._dispatch()
             elif isinstance(event, Failed) and event.serial < 0:
                 self._fail(event)
             else:
@@ -307,11 +295,8 @@ class Pipeline:
         elif isinstance(event, Clean):
             client.reference = event.reference
             self._complete(client, 0)
-            if self._shadow_of < 0:
+            if self._turns.clean(client.serial):
                 self._prepare_sink(client)
-            for block, deadline in client.held:
-                self.scheduler.request(client.serial, block, deadline)
-            client.held.clear()
             self._dispatch()
         elif isinstance(event, Saved):
             client.saved[event.stage] = event

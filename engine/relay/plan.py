@@ -67,7 +67,7 @@ def parse_plan(text: str, devices: Sequence[str]) -> Plan:
     return Plan(tuple(stages))
 
 
-def balanced_plan(devices: Sequence[str], steps: int = 4, vae_share: float = 0.5) -> Plan:
+def balanced_plan(devices: Sequence[str], steps: int, vae_share: float) -> Plan:
     """The split of the steps and the VAE over the devices whose slowest stage is fastest.
 
     vae_share: time of decoding a block, in block-steps. Of equal splits the one with the fewest stages on the way of
@@ -78,24 +78,29 @@ def balanced_plan(devices: Sequence[str], steps: int = 4, vae_share: float = 0.5
     costs = [1.0] * steps + [vae_share]
     best: tuple[float, list[list[int]]] | None = None
     for count in range(1, min(len(devices), len(costs)) + 1):
-        for cut in _cuts(len(costs), count):
+        for cut in cuts(len(costs), count):
             slowest = max(sum(costs[i] for i in part) for part in cut)
             if best is None or slowest < best[0] - 1e-9:
                 best = (slowest, cut)
     assert best is not None
+    return plan_of(best[1], steps, devices)
+
+
+def plan_of(cut: Sequence[Sequence[int]], steps: int, devices: Sequence[str]) -> Plan:
+    """A plan from a cut of the steps and the VAE, which is the last piece of work."""
     stages = [
         StagePlan(tuple(i for i in part if i < steps), steps in part, device)
-        for part, device in zip(best[1], devices, strict=False)
+        for part, device in zip(cut, devices, strict=False)
     ]
     return Plan(tuple(stages))
 
 
-def _cuts(length: int, count: int) -> list[list[list[int]]]:
+def cuts(length: int, count: int) -> list[list[list[int]]]:
     """All ways to cut range(length) into `count` pieces that are not empty."""
     if count == 1:
         return [[list(range(length))]]
     found = []
     for first in range(1, length - count + 2):
-        for rest in _cuts(length - first, count - 1):
+        for rest in cuts(length - first, count - 1):
             found.append([list(range(first)), *[[first + i for i in part] for part in rest]])
     return found

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from liverelay.engine.relay.handoff import BUFFERS, LinkClosed, Parcel, Shapes
+from liverelay.engine.relay.dispatch import BUFFERS
+from liverelay.engine.relay.handoff import LinkClosed, Parcel, Shapes
 
 Buffers = queue.SimpleQueue["Parcel | None"]
 
