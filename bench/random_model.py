@@ -13,11 +13,11 @@ import torch
 from bench import timing
 from bench.stage_14b import PRESETS, RandomWeights
 from liverelay.engine import make_checkpoint
-from liverelay.engine.cache import arena_bytes
 from liverelay.engine.config import StreamConfig
 from liverelay.engine.devices import fp8_parts
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import Geometry
+from liverelay.engine.models.sizes import arena_bytes
 from liverelay.engine.models.vae import VAE
 from liverelay.engine.relay.messages import Block
 from liverelay.engine.relay.plan import StagePlan

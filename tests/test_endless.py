@@ -11,7 +11,7 @@ import torch
 from liverelay.engine.config import DiTConfig, StreamConfig
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import Geometry
-from liverelay.engine.models.weights import dit_shapes
+from liverelay.engine.models.sizes import dit_shapes
 from liverelay.engine.relay.pipeline import local_pipeline
 from liverelay.engine.relay.plan import parse_plan
 from liverelay.engine.relay.stage import LineSpec, Stage
