@@ -32,9 +32,7 @@ def add_planning(commands: Any) -> None:
     plan.set_defaults(command=_plan)
     simulate = commands.add_parser("simulate", help="how sessions would fare on a line, without a model or a GPU")
     _add_common(simulate)
-    simulate.add_argument(
-        "--sessions", type=positive(int, "sessions"), metavar="N", help="how many come (one for each rate)"
-    )
+    simulate.add_argument("--sessions", type=positive(int, "sessions"), metavar="N", help="that come (one a rate)")
     simulate.add_argument(
         "--rates", type=_rates, default=(25.0,), metavar="FPS,...",
         help="frames a second of the sessions, repeated as needed; 0 is a file, made as fast as can be (25)",
