@@ -23,7 +23,7 @@ README = ROOT / "README.md"
 CORE = ["torch>=2.9", "numpy>=1.26", "safetensors>=0.5", "transformers>=5.0"]
 EXTRAS = {
     "audio": ["soundfile>=0.13", "soxr>=0.5"],
-    "view": ["rich>=13", "nvidia-ml-py>=12"],
+    "view": ["rich>=13", "nvidia-ml-py>=12", "matplotlib>=3.8"],
     "text": ["ftfy>=6.1", "regex", "sentencepiece", "tokenizers"],
     "media": ["av>=13", "Pillow>=10"],
     "triton": ['triton>=3.4; platform_system == "Linux"'],
@@ -32,7 +32,7 @@ EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement
 # The kernels are proven with the Triton that GPU machines have today; register counts differ between versions.
 EXTRAS["dev"] = [
     'triton==3.6.0; platform_system == "Linux"', "pytest>=8", "pytest-benchmark>=4", "ruff>=0.9", "mypy>=1.14",
-    "pybind11>=2.13", "cmake>=3.25", "ninja", "matplotlib>=3.8",
+    "pybind11>=2.13", "cmake>=3.25", "ninja",
 ]
 
 

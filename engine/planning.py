@@ -23,7 +23,7 @@ MOST_GPUS, MOST_SESSIONS, MOST_BLOCKS = 1024, 1000, 1_000_000
 
 
 def add_planning(commands: Any) -> None:
-    """The two commands."""
+    """The commands `plan`, `simulate` and `timeline`."""
     plan = commands.add_parser("plan", help="which stages on which GPUs, with speed, memory and the command to run")
     _add_common(plan)
     plan.add_argument(
@@ -50,6 +50,10 @@ def add_planning(commands: Any) -> None:
     simulate.add_argument("--trace", type=Path, metavar="FILE.json", help="line 0's timeline, in Chrome's trace format")
     simulate.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture of line 0's first blocks")
     simulate.set_defaults(command=_simulate)
+    timeline = commands.add_parser("timeline", help="a picture of what the stages of a run did")
+    timeline.add_argument("trace", type=Path, metavar="TRACE.json", help="of generate --trace")
+    timeline.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="picture to write")
+    timeline.set_defaults(command=_timeline)
 
 
 def _add_common(p: argparse.ArgumentParser) -> None:
@@ -249,7 +253,7 @@ def _simulate(a: argparse.Namespace) -> int:
     machine = _machine(a, task.handoff_bytes, nodes=a.nodes, handoff_ms=a.handoff_ms)
     draw = None
     if a.plot is not None:
-        from liverelay.engine.timeline import drawer
+        from liverelay.engine.timeline import drawer, of_line
 
         check_writable(a.plot)
         draw = drawer(a.plot)
@@ -272,7 +276,7 @@ def _simulate(a: argparse.Namespace) -> int:
     outcomes = simulate(lines, visits, clock)
     figures = [watch.close() for watch in watches]
     if draw is not None:
-        draw(lines[0])
+        draw(of_line(lines[0]))
     if a.json:
         print(json.dumps(_result(forecasts, figures, outcomes), indent=1))
     else:
@@ -341,3 +345,14 @@ def _result(
         for o in outcomes
     ]  # fmt: skip
     return {"lines": lines, "sessions": sessions, "fps": sum(line.fps for line in figures)}
+
+
+def _timeline(a: argparse.Namespace) -> int:
+    from liverelay.engine.media import check_writable, picture_format
+    from liverelay.engine.timeline import drawer, of_trace
+
+    picture_format(a.out)
+    check_writable(a.out)
+    drawer(a.out)(of_trace(a.trace))
+    print(a.out)
+    return 0

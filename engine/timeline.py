@@ -1,12 +1,15 @@
-"""A picture of a line's work: a row for each stage, a bar for each block, a colour for each session."""
+"""A picture of a line's work, simulated or recorded: a row for each stage, a bar for each block, a colour for each
+session. `liverelay timeline` draws the trace that `generate --trace` wrote."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from liverelay.engine.errors import MissingExtraError, OutputError
+from liverelay.engine.errors import InputError, MissingExtraError, OutputError
 from liverelay.engine.relay.simulator import Line, Span
 
 # A dozen hues of like lightness, so that no session stands out; text on them is dark.
@@ -20,18 +23,56 @@ WIDTH = 64  # blocks of the slowest stage beside each other, at most
 NARROW = 0.007  # of the picture's width: bars below it carry no number
 
 
-def drawer(path: Path) -> Callable[[Line], None]:
-    """What draws a line into the file. MissingExtraError without matplotlib, before anything long is done."""
+@dataclass(frozen=True)
+class Picture:
+    """rows: a name for each stage; spans: what the stages did."""
+
+    title: str
+    rows: tuple[str, ...]
+    spans: Sequence[Span]
+
+
+def of_line(line: Line) -> Picture:
+    """What a simulated line did."""
+    slowest = max(line.times.block_ms(stage.plan) for stage in line.stages)
+    rows = tuple(f"{'step ' if s.plan.steps else ''}{s.plan.name}\n{s.plan.device}" for s in line.stages)
+    title = f"plan {line.plan}: a block every {slowest:.0f} ms = {12e3 / slowest:.1f} FPS"
+    return Picture(title, rows, shown(line.spans, slowest))
+
+
+def of_trace(path: Path) -> Picture:
+    """What a real line did, from the file of `--trace`. InputError when it is none."""
+    try:
+        events = json.loads(path.read_text().rstrip().rstrip(",").removesuffix("]") + "]")  # of a killed run, too
+        names = {event["pid"]: str(event["args"]["name"]) for event in events if event["ph"] == "M"}
+        spans = [
+            Span(event["pid"], event["tid"], event["args"]["block"], "block", 1e-6 * event["ts"],
+                 1e-6 * (event["ts"] + event["dur"]))
+            for event in events if event["ph"] == "X" and event["cat"] == "compute"
+        ]  # fmt: skip
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a trace of generate --trace: {error}") from None
+    if not spans:
+        raise InputError(f"{path} holds no blocks")
+    busy = [[span.end - span.start for span in spans if span.stage == stage] for stage in names]
+    slowest = 1e3 * max(sorted(times)[len(times) // 2] for times in busy if times)
+    rows = tuple(name.removeprefix("stage ").replace(" on ", "\n") for _, name in sorted(names.items()))
+    title = f"stages {', '.join(row.partition(chr(10))[0] for row in rows)}: the slowest takes {slowest:.0f} ms a block"
+    return Picture(title, rows, shown(spans, slowest))
+
+
+def drawer(path: Path) -> Callable[[Picture], None]:
+    """What draws a picture into the file. MissingExtraError without matplotlib, before anything long is done."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise MissingExtraError("matplotlib", "for --plot", "dev") from None
+        raise MissingExtraError("matplotlib", "to draw a timeline", "view") from None
 
-    def draw(line: Line) -> None:
-        spans = shown(line)
-        height = 1.5 + 0.52 * len(line.stages)
-        figure = Figure(figsize=(15, height), layout="constrained")
-        _draw(figure, line, spans)
+    def draw(picture: Picture) -> None:
+        figure = Figure(figsize=(15, 1.5 + 0.52 * len(picture.rows)), layout="constrained")
+        _draw(figure, picture)
         try:
             figure.savefig(path, dpi=150)
         except (OSError, ValueError) as error:
@@ -40,22 +81,21 @@ def drawer(path: Path) -> Callable[[Line], None]:
     return draw
 
 
-def shown(line: Line) -> list[Span]:
+def shown(spans: Sequence[Span], slowest_ms: float) -> list[Span]:
     """What stages do until the last comer's first BLOCKS blocks are done: what follows repeats what is seen by then."""
-    newest = max((span.session for span in line.spans), default=0)
-    end = max((span.end for span in line.spans if span.session == newest and span.block < BLOCKS), default=0.0)
-    begin = end - 1e-3 * WIDTH * max(line.times.block_ms(stage.plan) for stage in line.stages)
-    return [span for span in line.spans if begin <= span.start < end]
+    newest = max((span.session for span in spans), default=0)
+    end = max((span.end for span in spans if span.session == newest and span.block < BLOCKS), default=0.0)
+    begin = end - 1e-3 * WIDTH * slowest_ms
+    return [span for span in spans if begin <= span.start < end]
 
 
-def _draw(figure: Any, line: Line, spans: Sequence[Span]) -> None:
-    axes = figure.add_subplot()
+def _draw(figure: Any, picture: Picture) -> None:
+    axes, spans, rows = figure.add_subplot(), picture.spans, picture.rows
     first, last = min((span.start for span in spans), default=0.0), max((span.end for span in spans), default=1.0)
     for span in spans:
         _bar(axes, span, last - first)
-    names = [f"{'step ' if stage.plan.steps else ''}{stage.plan.name}\n{stage.plan.device}" for stage in line.stages]
-    axes.set_yticks(range(len(names)), names, fontsize=10, color=INK)
-    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.set_yticks(range(len(rows)), rows, fontsize=10, color=INK)
+    axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_xlim(first, last)
     axes.set_xlabel("seconds", color=INK)
     axes.grid(axis="x", color=FAINT, linewidth=0.8)
@@ -63,11 +103,7 @@ def _draw(figure: Any, line: Line, spans: Sequence[Span]) -> None:
     axes.tick_params(length=0, colors=INK)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
-    slowest = max(line.times.block_ms(stage.plan) for stage in line.stages)
-    axes.set_title(
-        f"plan {line.plan}: a block every {slowest:.0f} ms = {12e3 / slowest:.1f} FPS", loc="left", color=INK,
-        fontsize=13, fontweight="bold", pad=12,
-    )
+    axes.set_title(picture.title, loc="left", color=INK, fontsize=13, fontweight="bold", pad=12)
     _legend(figure, spans)
 
 

@@ -199,7 +199,7 @@ def test_a_picture_is_drawn_or_the_missing_library_named(
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
         assert main([*flags, str(tmp_path / "a.png")]) == 1
-        assert "matplotlib is needed for --plot" in capsys.readouterr().err and not list(tmp_path.iterdir())
+        assert "matplotlib is needed to draw" in capsys.readouterr().err and not list(tmp_path.iterdir())
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     from PIL import Image
 
@@ -208,6 +208,28 @@ def test_a_picture_is_drawn_or_the_missing_library_named(
     for colour in ((0x7D, 0xB8, 0xE8), (0xF4, 0xA5, 0x82)):  # both sessions are seen
         assert (pixels == colour).all(axis=1).sum() > 1000
     assert main([*flags, str(tmp_path / "missing" / "a.png")]) == 1
+
+
+def test_a_trace_is_drawn_and_anything_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from PIL import Image
+
+    trace, out = tmp_path / "trace.json", tmp_path / "a.png"
+    assert main(["simulate", "--gpus", "2", "--fp8", "all", "--seconds", "5", "--trace", str(trace)]) == 0
+    whole = trace.read_text()
+    for text in (whole, whole.rstrip().removesuffix("]")):  # of a run that was killed, too
+        trace.write_text(text)
+        assert main(["timeline", str(trace), "--out", str(out)]) == 0
+        pixels = np.asarray(Image.open(out).convert("RGB")).reshape(-1, 3)
+        assert (pixels == (0x7D, 0xB8, 0xE8)).all(axis=1).sum() > 1000
+    before = out.read_bytes()
+    for text in ("", "[]", "{}", "no json", '[{"ph": "X"}]', whole[:300]):
+        trace.write_text(text)
+        capsys.readouterr()
+        assert main(["timeline", str(trace), "--out", str(out)]) == 1
+        assert len(capsys.readouterr().err.splitlines()) == 1 and out.read_bytes() == before
+    assert main(["timeline", str(tmp_path / "none.json"), "--out", str(out)]) == 1
+    assert main(["timeline", str(trace), "--out", str(tmp_path / "a.pdf")]) == 1
 
 
 @pytest.mark.parametrize(
