@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from liverelay.engine.relay.pipeline import Pipeline, local_pipeline
 from liverelay.engine.relay.plan import Plan, balanced_plan
 from liverelay.engine.relay.ranks import Leader, RankServer
 from liverelay.engine.relay.stage import LineSpec, OnStep, Place, Stage
+from liverelay.engine.telemetry import Telemetry
 
 LATENT = (48, 88)  # of 704x384
 AUDIO = (1, 25, 1024, 12)  # features of a block that travel with its latent
@@ -50,53 +52,67 @@ def make_spec() -> LineSpec:
 
 
 @contextlib.contextmanager
-def line_of(plan: Plan, seconds: float) -> Iterator[Pipeline | None]:
+def line_of(plan: Plan, seconds: float, places: int, trace: Path | None) -> Iterator[Pipeline | None]:
     """The line in threads, or over the ranks that torchrun started; None in a rank that has served."""
     spec, ranks = make_spec(), RankEnvironment.read()
+    watch = Telemetry(plan, trace=trace) if trace is not None and (ranks is None or not ranks.rank) else None
+    options = {"places": places, "observe": None if watch is None else watch.observe}
     if ranks is None:
-        line = local_pipeline(plan, spec, [WaitingStage(i, plan, spec, seconds) for i in range(len(plan.stages))])
+        stages = [WaitingStage(i, plan, spec, seconds) for i in range(len(plan.stages))]
+        line = local_pipeline(plan, spec, stages, **options)
         yield line
         line.close()
-        return
+        return _end(watch)
     group = Group(ranks, "gloo")
     if ranks.rank:
         RankServer(group, plan, lambda spec: WaitingStage(ranks.rank, plan, spec, seconds)).run()
         yield None
         return
     leader = Leader(group, plan)
-    yield leader.build(spec, WaitingStage(0, plan, spec, seconds), places=1)
+    yield leader.build(spec, WaitingStage(0, plan, spec, seconds), **options)
     leader.close()
+    _end(watch)
 
 
-def blocks_per_s(line: Pipeline, blocks: int) -> float:
-    """Between the first and the last result of a session that always has blocks waiting."""
+def _end(watch: Telemetry | None) -> None:
+    if watch is not None:
+        watch.close()
+
+
+def blocks_per_s(line: Pipeline, blocks: int, sessions: int) -> float:
+    """Between the first and the last result of sessions that always have blocks waiting."""
     h, w = LATENT
-    serial = line.open({"reference": torch.zeros(16, 1, h, w), "motion": torch.zeros(16, 19, h, w)})
+    given = {"reference": torch.zeros(16, 1, h, w), "motion": torch.zeros(16, 19, h, w)}
+    serials = [line.open(given) for _ in range(sessions)]
     parts = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in line.spec.parcel.items()}
-    futures = [line.request(serial, block, parts, (4, 4, 4, 4)) for block in range(blocks)]
+    futures = [line.request(serial, block, parts, (4, 4, 4, 4)) for block in range(blocks) for serial in serials]
     futures[0].result()
     started = time.perf_counter()
-    futures[-1].result()
-    rate = (blocks - 1) / (time.perf_counter() - started)
-    line.close_session(serial)
+    for future in futures:
+        future.result()
+    rate = (len(futures) - 1) / (time.perf_counter() - started)
+    for serial in serials:
+        line.close_session(serial)
     return rate
 
 
-def measure(stages: int, transport: str, ms: float, blocks: int) -> dict[str, Any]:
+def measure(
+    stages: int, transport: str, ms: float, blocks: int, *, sessions: int = 1, trace: Path | None = None
+) -> dict[str, Any]:
     """One line's rate and its share of the ideal one."""
     if transport == "gloo" and RankEnvironment.read() is None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(stages), "-m",
                    "bench.relay_efficiency", "--stages", str(stages), "--transports", "gloo", "--ms", str(ms),
-                   "--blocks", str(blocks)]  # fmt: skip
+                   "--blocks", str(blocks), "--sessions", str(sessions), *(["--trace", str(trace)] if trace else [])]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(run.stderr)
         return json.loads(run.stdout.splitlines()[-1])[0]
     plan = balanced_plan(["cpu"] * stages, 4, 1.0)
-    with line_of(plan, ms / 1e3) as line:
+    with line_of(plan, ms / 1e3, sessions, trace) as line:
         if line is None:
             return {}
-        rate = blocks_per_s(line, blocks)
+        rate = blocks_per_s(line, blocks, sessions)
     size = sum(torch.Size(shape).numel() for shape in line.spec.parcel.values()) * 2
     return {"stages": stages, "transport": transport, "stage_ms": ms, "blocks": blocks, "handoff_bytes": size,
             "blocks_per_s": round(rate, 3), "efficiency": round(rate * ms / 1e3, 4)}  # fmt: skip
@@ -108,10 +124,12 @@ def main() -> None:
     parser.add_argument("--transports", default="local,gloo")
     parser.add_argument("--ms", type=float, default=50.0, help="that each stage takes for a block")
     parser.add_argument("--blocks", type=int, default=200)
+    parser.add_argument("--sessions", type=int, default=1)
+    parser.add_argument("--trace", type=Path, metavar="FILE.json", help="of the last line (see liverelay timeline)")
     a = parser.parse_args()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    rows = [measure(int(stages), transport, a.ms, a.blocks) for transport in a.transports.split(",")
-            for stages in a.stages.split(",")]  # fmt: skip
+    rows = [measure(int(stages), transport, a.ms, a.blocks, sessions=a.sessions, trace=a.trace)
+            for transport in a.transports.split(",") for stages in a.stages.split(",")]  # fmt: skip
     ranks = RankEnvironment.read()
     if ranks is None:
         for row in rows:
