@@ -78,6 +78,7 @@ class FrameRing:
 
     def __init__(self, end: RingEnd, role: Role) -> None:
         self._end, self.role = end, role
+        self.kind = "python" if isinstance(end, frame_ring_twin.RingEnd) else "native"
         self.name, self.slots, self.frame_bytes = end.name, end.slots, end.frame_bytes
         self.audio_samples = end.audio_bytes // 4
         self.policy: Policy = "drop_oldest" if end.drop_oldest else "block"
@@ -99,14 +100,14 @@ class FrameRing:
         _choice("policy", policy, ("block", "drop_oldest"))
         _choice("role", role, ("writer", "reader"))
         sweep()
-        make = (native.module() or frame_ring_twin).ring_create
-        return cls(make(slots, frame_bytes, audio_samples * 4, policy == "drop_oldest", role == "writer"), role)
+        drop_oldest, writer = policy == "drop_oldest", role == "writer"
+        return cls(_module().ring_create(slots, frame_bytes, audio_samples * 4, drop_oldest, writer), role)
 
     @classmethod
     def attach(cls, name: str, role: Role = "reader") -> FrameRing:
         """The other end. Takes the place of a dead process of that role. RingError: no such ring, damaged, or taken."""
         _choice("role", role, ("writer", "reader"))
-        return cls((native.module() or frame_ring_twin).ring_attach(name, role == "writer"), role)
+        return cls(_module().ring_attach(name, role == "writer"), role)
 
     def push(
         self, frame: ArrayLike | None, audio: ArrayLike | None = None, *, index: int = 0, pts_ns: int = 0,
@@ -216,6 +217,12 @@ class FrameRing:
             found = attempt(min(left, SLICE_S))
             if found is not None or left == 0.0:
                 return found
+
+
+def _module() -> Any:
+    """The compiled module, unless it is not there or older than this file."""
+    compiled = native.module()
+    return compiled if hasattr(compiled, "ring_create") else frame_ring_twin
 
 
 def _choice(label: str, value: str, choices: tuple[str, ...]) -> None:
