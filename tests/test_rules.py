@@ -21,9 +21,10 @@ ENVIRONMENT = {"engine/config.py"}  # the only files that may read the environme
 # A module of the engine imports only from rows above its own. A new module gets its place here.
 LAYERS = (
     "errors version progress arguments models.sampler models relay relay.scheduler relay.links",
+    "frame_ring_layout",
     "config devices relay.plan relay.dispatch native media models.geometry models.lora models.image models.vae_config",
-    "models.sizes",
-    "relay.times",
+    "models.sizes frame_ring_twin",
+    "relay.times frame_ring",
     "relay.planner",
     "cache models.weights models.vae_layers models.workspace",
     "checkpoint models.layers models.audio models.text models.vae",
