@@ -131,22 +131,13 @@ class Engine:
             return Session(self, line, serial, track, given, seed=seed, session_id=session_id)
 
     def open_steps(
-        self,
-        image: Any,
-        prompt: str = "",
-        *,
-        audio: Any = None,
-        size: tuple[int, int] | None = None,
-        max_area: int = DEFAULT_MAX_AREA,
-        seed: int = 0,
-        session_id: int = 0,
-        live: LiveAudioConfig | None = None,
+        self, image: Any, prompt: str = "", *, seed: int = 0, session_id: int = 0, **options: Any
     ) -> SteppedSession:
-        """As `open`, for a scheduler that runs each stage of each block itself (see `SteppedSession`)."""
+        """As `open`, with its options, for a scheduler that runs each stage of each block itself (`SteppedSession`)."""
         from liverelay.engine.steps import StageSet, SteppedSession
 
         check_keys(seed, session_id)
-        given, track, latent = self._prepare(image, prompt, audio, size, max_area, live)
+        given, track, latent = self._prepare(image, prompt, **options)
         with self.lock:
             geometry = self._geometry(*latent)
             if geometry not in self._stages:
@@ -154,8 +145,8 @@ class Engine:
             return SteppedSession(self, self._stages[geometry], track, given, seed=seed, session_id=session_id)
 
     def _prepare(
-        self, image: Any, prompt: str, audio: Any, size: tuple[int, int] | None, max_area: int,
-        live: LiveAudioConfig | None,
+        self, image: Any, prompt: str, audio: Any = None, size: tuple[int, int] | None = None,
+        max_area: int = DEFAULT_MAX_AREA, live: LiveAudioConfig | None = None,
     ) -> tuple[Tensors, AudioTrack, tuple[int, int]]:
         """What a session is opened with, its sound, and the latent's height and width."""
         from liverelay.engine.models.audio_live import LiveAudio
