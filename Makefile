@@ -19,7 +19,7 @@ STAMP := .venv/.stamp
 endif
 # Without a GPU the kernels run in Triton's interpreter, which needs a process of its own and one thread.
 INTERPRET := $(if $(shell nvidia-smi -L 2>/dev/null),,env TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1)
-SOURCES := setup.py pyproject.toml CMakeLists.txt engine/version.py $(wildcard csrc/*)
+SOURCES := setup.py pyproject.toml CMakeLists.txt engine/version.py $(wildcard csrc/*.cpp csrc/*.h)
 
 .PHONY: setup demo test test-slow lint types bench clean
 

@@ -51,7 +51,8 @@ void wake(std::atomic<std::uint32_t>& word, std::atomic<std::uint32_t>& waiting)
   ::syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAKE, 1, nullptr, nullptr, 0);
 }
 
-// Until `ready`, or for one nap at most. True when a nap ran out although `ready` held: a lost wake-up.
+// Until `ready`, or for one nap at most. True when a nap ran out although `ready` held and nobody had tried to wake:
+// a lost wake-up.
 template <typename Ready>
 bool wait_once(std::atomic<std::uint32_t>& word, std::atomic<std::uint32_t>& waiting, std::int64_t deadline,
                const Ready& ready) {
@@ -68,8 +69,8 @@ bool wait_once(std::atomic<std::uint32_t>& word, std::atomic<std::uint32_t>& wai
   waiting.store(1);
   const bool slept = !ready() && now < deadline;
   const bool woken = !slept || futex_wait(word, seen, std::min(deadline - now, kNapNs));
-  waiting.store(0);
-  return !woken && ready();
+  const bool asleep = waiting.exchange(0) != 0;
+  return !woken && asleep && ready();
 }
 
 // The bytes as they are now, read once: the compiler may not look again after a check.

@@ -208,7 +208,7 @@ RingStatus RingSegment::create(const RingRequest& request, RingRole role, std::s
     status = system_error("cannot protect shared memory");
   } else if (const int error = ::posix_fallocate(file.get(), 0, static_cast<off_t>(header.total_bytes)); error != 0) {
     errno = error;
-    status = system_error("no " + std::to_string(header.total_bytes >> 20U) + " MiB of shared memory for the ring");
+    status = system_error("no " + std::to_string((header.total_bytes >> 20U) + 1) + " MiB of shared memory for the ring");
   } else if (status = segment->map(file.get()); status.ok()) {
     status = segment->claim(role);
     std::memcpy(segment->base_, &header, sizeof header);

@@ -1,5 +1,5 @@
 // The frame ring's segment of POSIX shared memory: its layout, how it is made, how it is opened without trust, and who
-// holds it. Plain C++17: no Python, no exceptions. engine/frame_ring_twin.py has the same layout in Python.
+// holds it. Plain C++17: no Python, and errors are return values. engine/frame_ring_twin.py has the same layout in Python.
 //
 //   0     RingStatic   never changes; checked once, from a private copy, when the segment is opened
 //   128   RingDynamic  counters, claims and futex words, each side's on cache lines of its own

@@ -152,7 +152,7 @@ class FrameRing:
             return None if held is None else RingFrame(held)
 
     def __iter__(self) -> Iterator[RingFrame]:
-        """Every frame until the writer closes. The loop's variable holds one while the next is awaited."""
+        """Every frame until the writer closes; RingPeerError when it dies. The loop's variable holds one meanwhile."""
         while True:
             try:
                 item = self.pop()

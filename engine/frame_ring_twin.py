@@ -44,7 +44,7 @@ def ring_create(slots: int, frame_bytes: int, audio_bytes: int, drop_oldest: boo
             os.close(descriptor)
             raise
     except OSError as error:
-        size = layout.total_bytes >> 20
+        size = (layout.total_bytes >> 20) + 1
         raise RingError(f"no {size} MiB of shared memory for the ring: {error.strerror}") from None
     return (RingWriter if writer else RingReader)(name, layout, descriptor, maker=True)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import frame_ring
 from bench.block_step_cpu import SMALL, measure
 from liverelay.engine.models.geometry import Geometry
 
@@ -19,6 +20,12 @@ def test_plain_version_and_engine_agree(seed: int) -> None:
     config = replace(config, text_len=64)
     result = measure(config, Geometry(8, 16, config.head_dim, ring_frames=6), blocks=4, seed=seed)
     assert result["relative_error"] <= 1e-5
+
+
+def test_the_ring_and_the_queue_carry_every_frame() -> None:
+    result = frame_ring.measure(frames=30, pace_s=0.001)
+    assert result["throughput_ratio"] > 0 and result["ring"]["hand_over_p50_us"] <= result["ring"]["p50_us"]
+    assert set(result["queue"]) < set(result["ring"])
 
 
 def test_the_page_of_kernels_is_that_of_the_registry() -> None:

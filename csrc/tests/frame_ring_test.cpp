@@ -225,6 +225,11 @@ void fuzz_round(Random& random, int counts[2]) {
     RingWriter writer(segment);
     RingReader reader(segment);
     for (int i = 0; i < 8; ++i) {
+      std::uint32_t slot = 0;
+      RingMeta sound{};
+      sound.audio_bytes = 4;
+      if (writer.reserve(0, slot).ok() && writer.publish(sound).ok())  // unread, with bad metadata
+        damage(kRingHeaderBytes + segment->layout().slot_stride * slot + 64, 64);
       use(writer, reader, random);
       if (below(random, 2) == 0) damage(128, 256);
       damage(kRingHeaderBytes + segment->layout().slot_stride * below(random, request.slots), 128);
