@@ -14,6 +14,7 @@ from typing import Any
 
 from liverelay.engine.config import RankEnvironment, leave, set_process_defaults
 from liverelay.engine.errors import InputError, LiveRelayError, OutputError
+from liverelay.engine.serving.command import add_serve
 from liverelay.engine.version import __version__
 
 INTERRUPTED = 130
@@ -270,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     golden.add_argument("--backend", metavar="NAME", help="kernel backend (torch)")
     _add_line(golden, "cpu", threads=1)
     golden.set_defaults(command=_golden)
+    add_serve(commands)
     return parser
 
 
