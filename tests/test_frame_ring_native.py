@@ -65,4 +65,4 @@ def test_a_million_operations_with_random_stalls(tmp_path: Path, sanitizer: str,
 @pytest.mark.slow
 def test_the_module_compiles_without_a_warning(tmp_path: Path) -> None:
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
-    build(tmp_path, f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    build(tmp_path, "-DLIVERELAY_PYTHON=ON", f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")

@@ -132,7 +132,7 @@ class Worker:
                 else:
                     self._hear(WAIT_S)
         except (_Stop, RingPeerError):
-            pass
+            state, self.fault = FAILED, (Code.LOST, "the session was ended before its stream")
         except (InputError, RingError) as error:  # what the client has put into the ring
             state, self.fault = FAILED, (Code.INPUT, str(error))
         except (Exception, CancelledError) as error:
