@@ -16,7 +16,7 @@ namespace {
 
 constexpr std::size_t kMetaOffset = 64;
 constexpr int kLooks = 64;
-constexpr std::int64_t kSpinNs = 20000, kNapNs = 50000000;  // a killed peer wakes nobody: look after each nap
+constexpr std::int64_t kSpinNs = 20000, kNapNs = 100000000;  // a killed peer wakes nobody: look after each nap
 
 void pause_cpu() {
 #if defined(__x86_64__)

@@ -25,7 +25,7 @@ from liverelay.engine.errors import RingClosedError, RingError, RingPeerError
 from liverelay.engine.frame_ring_layout import FREE, FULL, HELD, WRITING, Layout
 
 T = TypeVar("T")
-POLL_S, CHECK_S = (0.0001, 0.002), 0.05
+POLL_S, CHECK_S = (0.0001, 0.002), 0.1
 
 
 def ring_create(slots: int, frame_bytes: int, audio_bytes: int, drop_oldest: bool, writer: bool) -> RingEnd:
