@@ -10,7 +10,7 @@ namespace liverelay {
 namespace {
 
 constexpr std::int64_t kSliceNs = 20000000;  // whoever waits looks so often whether the session was closed
-constexpr std::int64_t kFarewellMs = 5000;
+constexpr std::int64_t kFarewellMs = 2000;
 constexpr std::uint32_t kLowestRate = 1000, kHighestRate = 384000;
 
 Result from(const RingStatus& status) {
@@ -106,13 +106,13 @@ Result Session::join(const Fields& reply) {
 }
 
 Result Session::push_piece(const Sound& sound, std::uint64_t epoch, std::int64_t deadline, std::uint64_t& taken) {
-  const Turn turn(sound_mutex_, deadline);
-  if (!turn.got()) return {LIVERELAY_TIMEOUT, "other calls give this session sound"};
-  if (closing_.load()) return closed();
+  const Turn turn(sound_mutex_, std::min(deadline, monotonic_ns() + kSliceNs));
   if (epoch_.load() != epoch) {  // an interrupt: what is left goes the way of what was pushed before
     taken = sound.frames;
     return {};
   }
+  if (!turn.got()) return {LIVERELAY_TIMEOUT, "other calls give this session sound"};
+  if (closing_.load()) return closed();
   if (sound_ended_) return {LIVERELAY_E_STATE, "the sound of this session was ended"};
   if (stream_ended()) return {LIVERELAY_E_STATE, "the stream has ended; liverelay_pop says why"};
   if (rate_ != 0 && rate_ != sound.rate)

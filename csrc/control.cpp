@@ -25,7 +25,7 @@ struct Limit {
 
 constexpr Limit kLimits[] = {
     {Tag::text, true, 0, 4096},         {Tag::token, true, 32, 32},          {Tag::frames, true, 1, 64},
-    {Tag::sound, true, 1, 64},          {Tag::code, false, -100, -1},        {Tag::width, false, 1, 16384},
+    {Tag::sound, true, 1, 64},          {Tag::code, false, LIVERELAY_E_SYSTEM, -1}, {Tag::width, false, 1, 16384},
     {Tag::height, false, 1, 16384},     {Tag::pixels, false, 1, 2},          {Tag::policy, false, 0, 1},
     {Tag::slots, false, 2, 256},        {Tag::fps, false, 1, 1000},          {Tag::sample_rate, false, 1000, 384000},
     {Tag::sound_rate, false, 0, 384000}, {Tag::next_frame, false, 0, kMost}, {Tag::state, false, 0, 3},

@@ -7,10 +7,15 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from liverelay.engine import native
+from liverelay.engine.frame_ring import FrameRing
+from liverelay.engine.frame_ring_layout import FOLDER
 from liverelay.engine.serving import sockets
 from liverelay.engine.serving.protocol import (
     BYTES,
@@ -34,6 +39,7 @@ from liverelay.engine.serving.protocol import (
     longest,
 )
 from liverelay.engine.serving.server import Server
+from tests.native_build import build_program, run
 from tests.serving_client import RefusedError, ServingClient, request
 
 Random = random.Random
@@ -225,3 +231,101 @@ def test_a_process_of_another_user_is_not_served() -> None:
     assert not sockets.peer_is_us(fake)  # type: ignore[arg-type]
     ours.close()
     theirs.close()
+
+
+# -- towards the client library ----------------------------------------------------------------------------------------
+
+
+class LyingServer:
+    """Answers as a server would, but often with damage; its rings are real, and sometimes not what they should be."""
+
+    def __init__(self, path: Path, rnd: Random) -> None:
+        self._rnd, self._rings = rnd, list[FrameRing]()
+        self._listener = sockets.listen(path)
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        self._drop_rings()
+
+    def _drop_rings(self) -> None:
+        while self._rings:
+            self._rings.pop().close()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            while True:
+                try:
+                    head, _ = sockets.receive(connection, first_within=20)
+                    whole, reply = self._reply(head)
+                    sockets.send(connection, reply)
+                except (sockets.Disconnected, ProtocolError):
+                    return
+                # Half an answer is waited for, in most cases not for long.
+                if head.kind == Kind.CLOSE or self._rnd.random() < (0.1 if whole == reply else 0.8):
+                    return
+
+    def _reply(self, head: Head) -> tuple[bytes, bytes]:
+        """A right answer, and what is sent instead of it."""
+        rnd, kind = self._rnd, head.kind
+        fields = fields_of(rnd, kind | REPLY)
+        if kind in (Kind.OPEN, Kind.RESUME) and rnd.random() < 0.9:
+            fields |= self._new_rings()
+        whole = encode(kind | REPLY, head.serial, fields)
+        choice = rnd.random()
+        if choice < 0.5:
+            return whole, whole
+        if choice < 0.6:
+            return whole, encode(Kind.ERROR | REPLY, rnd.choice([0, head.serial]), fields_of(rnd, Kind.ERROR | REPLY))
+        if choice < 0.65:
+            return whole, encode(kind | REPLY, head.serial - 1, {}) + whole  # a late answer goes before
+        if choice < 0.7:
+            version = VERSION + rnd.randint(0, 1)
+            return whole, HEADER.pack(MAGIC, version, kind | REPLY, head.serial, rnd.randrange(1 << 32))
+        return whole, mutated(rnd, whole)
+
+    def _new_rings(self) -> Fields:
+        rnd, roles = self._rnd, [("frames", "writer"), ("sound", "reader")]
+        self._drop_rings()
+        for _, role in roles if rnd.random() < 0.9 else roles[::-1]:
+            samples = rnd.choice([0, 1, 640])
+            self._rings.append(FrameRing.create(frame_bytes=12288, audio_samples=samples, slots=2, role=role))  # type: ignore[arg-type]
+        frames, sound = self._rings
+        if frames.role == "writer":
+            frames.push(np.zeros((64, 64, 3), np.uint8), index=rnd.randrange(1 << 60), timeout=0)
+            if rnd.random() < 0.5:
+                frames.close() if rnd.random() < 0.5 else damage(frames.name, rnd)
+        return {Tag.FRAMES: frames.name, Tag.SOUND: sound.name}
+
+
+def damage(name: str, rnd: Random) -> None:
+    """Random bytes over a slot's header and metadata, or over the counters of the ring."""
+    with open(FOLDER / name, "r+b") as file:
+        file.seek(rnd.choice([128, 4096, 4096 + 64]) + rnd.randrange(64))
+        file.write(rnd.randbytes(rnd.randint(1, 64)))
+
+
+@pytest.mark.parametrize("rounds", [150, pytest.param(1000, marks=pytest.mark.slow)])
+def test_the_client_library_survives_a_server_that_lies(tmp_path: Path, rnd: Random, rounds: int) -> None:
+    if not hasattr(native.module(), "ring_create"):
+        pytest.skip("the compiled module was not built")
+    program = build_program(tmp_path, "client_test", "address")
+    server = LyingServer(tmp_path / "s", rnd)
+    picture = tmp_path / "picture"
+    picture.write_bytes(b"anything")
+    output = run(program, "fuzz", tmp_path / "s", picture, rounds, seconds=600)
+    server.close()
+    codes = {int(code): int(count) for code, count in (part.split(":") for part in output.split() if ":" in part)}
+    assert min(codes) >= min(Code) and max(codes) <= 2, codes
+    assert codes[0] > rounds / 2 and codes[int(Code.PROTOCOL)] > rounds / 10 and int(Code.VERSION) in codes, codes

@@ -80,7 +80,7 @@ class Tag(IntEnum):
 ANY = (-(1 << 63), (1 << 63) - 1)
 COUNT = (0, (1 << 63) - 1)
 INTEGERS: dict[Tag, tuple[int, int]] = {
-    Tag.CODE: (-100, -1), Tag.WIDTH: (0, 16384), Tag.HEIGHT: (0, 16384), Tag.MAX_AREA: (0, 1 << 28), Tag.SEED: ANY,
+    Tag.CODE: (min(Code), -1), Tag.WIDTH: (0, 16384), Tag.HEIGHT: (0, 16384), Tag.MAX_AREA: (0, 1 << 28), Tag.SEED: ANY,
     Tag.STREAM: ANY, Tag.PIXELS: (1, 2), Tag.POLICY: (0, 1), Tag.SLOTS: (2, 256), Tag.IDLE: (0, 1),
     Tag.FPS: (1, 1000), Tag.SAMPLE_RATE: (1000, 384000), Tag.SOUND_RATE: (0, 384000), Tag.NEXT_FRAME: COUNT,
     Tag.STATE: (0, 3), Tag.SESSIONS: COUNT, Tag.PLACES: COUNT, Tag.MADE: COUNT, Tag.DROPPED: COUNT, Tag.HEARD: COUNT,

@@ -18,7 +18,7 @@ ABI, S16, END, TIMEOUT, WAIT_MS = 1, 1, 2, 1, 120_000
 
 
 class Options(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("struct_bytes", c_uint32), ("width", c_uint32), ("height", c_uint32), ("max_area", c_uint32),
         ("seed", c_int64), ("stream", c_int64), ("pixel_format", c_uint32), ("policy", c_uint32), ("slots", c_uint32),
         ("idle", c_uint32),
@@ -26,7 +26,7 @@ class Options(ctypes.Structure):
 
 
 class Frame(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("struct_bytes", c_uint32), ("pixel_format", c_uint32), ("width", c_uint32), ("height", c_uint32),
         ("pixels", POINTER(c_uint8)), ("pixel_bytes", c_uint64), ("audio", POINTER(c_float)),
         ("audio_samples", c_uint64), ("sample_rate", c_uint64), ("index", c_uint64), ("pts_ns", c_int64),
@@ -62,11 +62,12 @@ def main() -> None:
 
     with wave.open(sound) as file:
         channels, rate, data = file.getnchannels(), file.getframerate(), file.readframes(file.getnframes())
+    prompt = b"A friendly person talks."
     samples, image = array.array("h", data), Path(picture).read_bytes()
     client, session, taken, frame = c_uint64(), c_uint64(), c_uint64(), Frame(ctypes.sizeof(Frame))
     options = Options(struct_bytes=ctypes.sizeof(Options), max_area=128 * 128)
     check(library.liverelay_connect(socket.encode(), ABI, WAIT_MS, byref(client)))
-    check(library.liverelay_open(client, image, len(image), b"A friendly person talks.", options, WAIT_MS, byref(session)))
+    check(library.liverelay_open(client, image, len(image), prompt, options, WAIT_MS, byref(session)))
     given, total, frames, address = 0, len(samples) // channels, 0, samples.buffer_info()[0]
     with open(video_path, "wb") as video, wave.open(wav_path, "wb") as out:
         out.setparams((1, 2, 16000, 0, "NONE", ""))
