@@ -2,7 +2,9 @@
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
-set(LIVERELAY_ABI 1)  # LIVERELAY_ABI of the header
+file(STRINGS csrc/include/liverelay.h abi_line REGEX "define LIVERELAY_ABI ")
+string(REGEX REPLACE ".* ([0-9]+)u" "\\1" LIVERELAY_ABI "${abi_line}")
+
 add_library(liverelay_client OBJECT csrc/control.cpp csrc/client.cpp csrc/liverelay.cpp)
 target_compile_definitions(liverelay_client PRIVATE LIVERELAY_VERSION="${LIVERELAY_VERSION}")
 target_include_directories(liverelay_client PRIVATE csrc)

@@ -136,6 +136,7 @@ def test_the_library_is_found_and_shows_its_interface_only(prefix: Path) -> None
         folder = next(prefix.rglob("liverelay.pc")).parent
         flags = run("env", f"PKG_CONFIG_PATH={folder}", "pkg-config", "--cflags", "--libs", "liverelay")
         assert "-lliverelay" in flags and (folder / flags.split()[0].removeprefix("-I") / "liverelay.h").exists()
+    assert next(prefix.rglob(f"libliverelay.so.{re.findall(r'LIVERELAY_ABI (.)u', HEADER)[0]}")).exists()
     assert re.search(rf'VERSION "{__version__}"', next(prefix.rglob("liverelayConfigVersion.cmake")).read_text())
 
 

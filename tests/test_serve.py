@@ -140,6 +140,9 @@ def test_only_the_latest_snapshots_are_kept(server: Server, numbers: Numbers, tm
             states.get(tokens[0])
         assert all(states.get(token).facts == snapshot.facts for token in tokens[1:])
     assert sorted(path.stem for path in (tmp_path / "new").iterdir()) == sorted(tokens[1:])
+    (tmp_path / "new").chmod(0o755)
+    with pytest.raises(InputError, match="mkdir -m 700"):
+        States(tmp_path / "new")
 
 
 def test_an_interrupt_forgets_what_was_pushed_before(client: ServingClient, numbers: Numbers) -> None:

@@ -34,6 +34,7 @@ def add_serve(commands: Any) -> None:
 
 def _serve(a: argparse.Namespace) -> int:
     from liverelay.engine import native
+    from liverelay.engine.config import RankEnvironment
     from liverelay.engine.engine import DEFAULT_MAX_AREA
     from liverelay.engine.frame_ring import sweep
     from liverelay.engine.serving import sockets
@@ -42,6 +43,8 @@ def _serve(a: argparse.Namespace) -> int:
 
     if not hasattr(native.module(), "ring_create"):
         raise LiveRelayError("serve needs the compiled module, which was not built: it needs a C++ compiler and cmake")
+    if RankEnvironment.read() is not None:
+        raise InputError("serve runs in one process; give it all devices with --devices instead of torchrun")
     area = a.max_area or DEFAULT_MAX_AREA
     for name, value, most in (("sessions", a.sessions, 1000), ("snapshots", a.snapshots, 1000000)):
         if not 1 <= value <= most:

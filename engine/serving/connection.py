@@ -166,6 +166,8 @@ class Connection:
             worker.stop()
             worker.join()
             self._server.give_place()
+            if worker.state == FAILED and worker.fault[0] == Code.ENGINE:
+                self._server.say("a session failed: " + " ".join(worker.fault[1].split()))
 
 
 def _int(fields: Fields, tag: Tag) -> int:

@@ -60,15 +60,15 @@ def _sole_use(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def check_folder(folder: Path) -> None:
-    """InputError unless only this user can put files into it."""
+def check_folder(folder: Path, *, secret: bool = False) -> None:
+    """InputError unless only this user can put files into it; secret: nor can others look into it."""
     try:
         info = folder.stat()
     except OSError as error:
         raise InputError(f"the folder {folder} cannot be used: {error.strerror}") from None
     if not stat.S_ISDIR(info.st_mode):
         raise InputError(f"{folder} is no folder")
-    if info.st_uid != os.geteuid() or info.st_mode & 0o022:
+    if info.st_uid != os.geteuid() or info.st_mode & (0o077 if secret else 0o022):
         raise InputError(f"the folder {folder} is not this user's own; make one with: mkdir -m 700 FOLDER")
 
 

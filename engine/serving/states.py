@@ -27,7 +27,7 @@ class States:
                 folder.mkdir(mode=0o700, exist_ok=True)
             except OSError as error:
                 raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from None
-            check_folder(folder)
+            check_folder(folder, secret=True)
             found = [path for path in folder.glob(f"*{SUFFIX}") if TOKEN.fullmatch(path.stem)]
             self._kept.update((path.stem, None) for path in sorted(found, key=lambda path: path.stat().st_mtime_ns))
 
