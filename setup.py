@@ -56,6 +56,7 @@ class CMakeBuild(build_ext):
 
             subprocess.run([
                 tool("cmake"), "-S", str(ROOT), "-B", str(work), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+                "-DLIVERELAY_PYTHON=ON", "-DLIVERELAY_LIBRARY=OFF",
                 f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DLIVERELAY_VERSION={VERSION}",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",

@@ -15,6 +15,7 @@ from liverelay.engine.arguments import add_fp8, positive, size
 from liverelay.engine.config import RankEnvironment, leave, set_process_defaults
 from liverelay.engine.errors import InputError, LiveRelayError, OutputError
 from liverelay.engine.planning import add_planning
+from liverelay.engine.serving.command import add_serve
 from liverelay.engine.version import __version__
 
 INTERRUPTED = 130
@@ -253,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_line(golden, "cpu", threads=1)
     golden.set_defaults(command=_golden)
     add_planning(commands)
+    add_serve(commands)
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from collections.abc import Sequence
@@ -45,19 +46,30 @@ def load_image(path: str | Path, *, strict: bool = False) -> Any:
 
     strict: kinds that Pillow would clip are refused, where the published code takes them.
     """
-    pillow = _pillow()
     path = Path(path)
     if not path.is_file():
         raise InputError(f"the image {path} " + ("is not a file" if path.exists() else "does not exist"))
+    return _decode(path, str(path), strict=strict)
+
+
+def decode_image(data: bytes) -> Any:
+    """The bytes of a picture file as a Pillow RGB image; only of kinds that no other program is started for."""
+    return _decode(io.BytesIO(data), "the picture", strict=True, formats=("PNG", "JPEG", "WEBP", "BMP"))
+
+
+def _decode(source: Any, name: str, *, strict: bool, formats: Sequence[str] | None = None) -> Any:
+    pillow = _pillow()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
-            with pillow.open(path) as opened:
+            with pillow.open(source, formats=formats) as opened:
                 mode, converted = opened.mode, opened.convert("RGB")
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning):
-        raise InputError(f"the image {path} has too many pixels; make it smaller than 9000x9000 first") from None
+        raise InputError(f"the image {name} has too many pixels; make it smaller than 9000x9000 first") from None
+    except pillow.UnidentifiedImageError:
+        raise InputError(f"{name} is not a readable image of a kind that is known here") from None
     except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{path} is not a readable image: {error}") from None
+        raise InputError(f"{name} is not a readable image: {error}") from None
     if strict:
         _check_mode(mode)
     return converted
