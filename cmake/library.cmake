@@ -18,7 +18,6 @@ set_target_properties(liverelay PROPERTIES VERSION ${LIVERELAY_VERSION} SOVERSIO
 target_link_options(liverelay PRIVATE LINKER:--version-script=${PROJECT_SOURCE_DIR}/cmake/liverelay.map)
 set_target_properties(liverelay PROPERTIES LINK_DEPENDS ${PROJECT_SOURCE_DIR}/cmake/liverelay.map)
 set_target_properties(liverelay_static PROPERTIES OUTPUT_NAME liverelay EXPORT_NAME static)
-
 set_target_properties(liverelay liverelay_static PROPERTIES LINKER_LANGUAGE CXX)
 foreach(target liverelay liverelay_static)
   target_include_directories(${target} INTERFACE $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>

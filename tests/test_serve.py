@@ -26,6 +26,8 @@ from liverelay.engine.serving.nv12 import to_nv12
 from liverelay.engine.serving.protocol import Code, Fields, Kind, Tag
 from liverelay.engine.serving.server import Server
 from liverelay.engine.serving.states import States
+from liverelay.engine.session import Session
+from liverelay.engine.stream import Chunk
 from tests.serving_client import RefusedError, ServingClient, png, request
 
 for library in ("transformers", "PIL", "ftfy", "soxr"):
@@ -249,6 +251,59 @@ def test_spoilt_sound_fails_its_own_session_only(client: ServingClient, numbers:
     assert health[Tag.STATE] == 3 and health[Tag.CODE] == Code.INPUT and "finite" in str(health[Tag.TEXT])
     client.ask(Kind.CLOSE)
     client.open(Kind.OPEN, request(png(picture(numbers))))
+
+
+def test_a_block_that_fails_ends_its_own_session_only(
+    server: Server, client: ServingClient, numbers: Numbers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, fails = png(picture(numbers)), threading.Event()
+
+    good = Session.frames
+
+    def frames(session: Session, *, idle: bool = False) -> Iterator[Chunk]:
+        if session.seed == 5:
+            yield from good(session, idle=idle)
+            return
+        fails.wait(20)
+        raise RuntimeError("the device\nis gone")
+
+    monkeypatch.setattr(Session, "frames", frames)
+    other = ServingClient(server.path)
+    other.open(Kind.OPEN, request(image))
+    other.push(sound(numbers, RATE))
+    client.open(Kind.OPEN, request(image, seed=6))
+    within(20, lambda: int(client.ask(Kind.HEALTH)[Tag.BUSY_MS]) > 50)
+    fails.set()
+    with pytest.raises(RingClosedError):
+        client.pop()
+    health = client.ask(Kind.HEALTH)
+    assert (health[Tag.STATE], health[Tag.CODE], health[Tag.TEXT]) == (3, Code.ENGINE, "the device is gone")
+    other.sound.close()
+    assert len(other.rest()[0]) == 25
+    other.close()
+
+
+def test_a_client_that_damages_its_rings_harms_itself_only(server: Server, numbers: Numbers) -> None:
+    image = png(picture(numbers))
+    for _ in range(6):
+        bad = ServingClient(server.path)
+        bad.open(Kind.OPEN, request(image))
+        bad.push(sound(numbers, RATE))
+        bad.pop()
+        for ring in (bad.sound, bad.frames):
+            with open(FOLDER / ring.name, "r+b") as file:
+                for at in numbers.integers(128, 4096 + 128, 8):
+                    file.seek(int(at))
+                    file.write(numbers.bytes(8))
+        time.sleep(0.1)
+        bad.close()
+        within(20, lambda: server.sessions == 0)
+    good = ServingClient(server.path)
+    good.open(Kind.OPEN, request(image))
+    good.push(sound(numbers, FRAME))
+    good.sound.close()
+    assert len(good.rest()[0]) == 1
+    good.close()
 
 
 # -- the socket and the command ----------------------------------------------------------------------------------------

@@ -16,7 +16,10 @@ def add_serve(commands: Any) -> None:
     p.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder with the published files")
     p.add_argument("--socket", type=Path, required=True, metavar="PATH", help="Unix socket, in a folder of your own")
     p.add_argument("--state", type=Path, metavar="DIR", help="keep clients' snapshots here (default: in memory)")
-    p.add_argument("--snapshots", type=int, default=16, metavar="N", help="keep so many, the latest (16)")
+    p.add_argument(
+        "--snapshots", type=int, metavar="N",
+        help="keep so many, the latest (16, in memory 2: each has some 50 GB with the 14B model)",
+    )
     p.add_argument("--sessions", type=int, default=16, metavar="N", help="most sessions at a time (16)")
     p.add_argument("--max-area", type=int, metavar="PIXELS", help="most pixels of a video (720x400 of them)")
     p.add_argument("--real-time", action="store_true", help="refuse a session that there is no time for")
@@ -45,14 +48,15 @@ def _serve(a: argparse.Namespace) -> int:
         raise LiveRelayError("serve needs the compiled module, which was not built: it needs a C++ compiler and cmake")
     if RankEnvironment.read() is not None:
         raise InputError("serve runs in one process; give it all devices with --devices instead of torchrun")
+    kept = a.snapshots if a.snapshots is not None else 16 if a.state else 2
     area = a.max_area or DEFAULT_MAX_AREA
-    for name, value, most in (("sessions", a.sessions, 1000), ("snapshots", a.snapshots, 1000000)):
+    for name, value, most in (("sessions", a.sessions, 1000), ("snapshots", kept, 1000000)):
         if not 1 <= value <= most:
             raise InputError(f"--{name} is {value}; give a number from 1 to {most}")
     if not 64 * 64 <= area <= 1 << 26:
         raise InputError(f"--max-area is {area}; give a number of pixels from {64 * 64} to {1 << 26}")
     sockets.clear(a.socket)  # before a model is loaded
-    states = States(a.state, a.snapshots)
+    states = States(a.state, kept)
     sweep()
     server = Server(_engine(a), a.socket, states, max_area=area, say=_say)
     try:
