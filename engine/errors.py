@@ -19,6 +19,18 @@ class OutputError(LiveRelayError):
     """A result cannot be written where the user wants it."""
 
 
+class RingError(LiveRelayError):
+    """A frame ring cannot be made, opened or used: it is not ours, damaged, gone, taken or full of held frames."""
+
+
+class RingClosedError(RingError):
+    """The writer has ended the stream, and every frame was read."""
+
+
+class RingPeerError(RingError):
+    """The process on the other side died. The ring stays usable: another one can take its place."""
+
+
 class MissingExtraError(LiveRelayError, ImportError):
     """An optional library is not installed."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,3 +69,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from liverelay.engine.make_checkpoint import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", seed=7)
+
+
+@pytest.fixture(params=["native", "python"])
+def ring_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of its two implementations the frame ring uses in the test."""
+    from liverelay.engine import native
+
+    if request.param == "native" and not hasattr(native.module(), "ring_create"):
+        pytest.skip("the compiled module was not built")
+    if request.param == "python":
+        monkeypatch.setitem(sys.modules, "liverelay.engine._C", None)
+    return str(request.param)

@@ -21,9 +21,10 @@ ENVIRONMENT = {"engine/config.py"}  # the only files that may read the environme
 # A module of the engine imports only from rows above its own. A new module gets its place here.
 LAYERS = (
     "errors version progress models.sampler models relay relay.scheduler",
+    "frame_ring_layout",
     "config devices relay.plan native media models.geometry models.lora models.image models.vae_config",
-    "cache models.weights models.vae_layers models.workspace",
-    "checkpoint models.layers models.audio models.text models.vae",
+    "cache frame_ring_twin models.weights models.vae_layers models.workspace",
+    "checkpoint frame_ring models.layers models.audio models.text models.vae",
     "models.dit models.audio_live",
     "inspection snapshot relay.messages relay.handoff relay.graph",
     "relay.stage",
