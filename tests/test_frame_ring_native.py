@@ -27,23 +27,23 @@ def run(*command: object, seconds: int = 300) -> str:
     return done.stdout
 
 
-def build(folder: Path, *options: str) -> Path:
+def build(folder: Path, *options: str, target: str = "all") -> Path:
     generator = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}")
     run(tool("cmake"), "-S", ROOT, "-B", folder, *generator, "-DLIVERELAY_WERROR=ON", *options)
-    run(tool("cmake"), "--build", folder)
+    run(tool("cmake"), "--build", folder, "--target", target)
     return folder
 
 
-def build_tests(folder: Path, sanitizer: str) -> Path:
-    """The test program under a sanitizer; skipped where the compiler, or the kernel, does not do it."""
+def build_tests(folder: Path, sanitizer: str, program: str = "frame_ring_test") -> Path:
+    """A test program under a sanitizer; skipped where the compiler, or the kernel, does not do it."""
     probe = folder / "probe.cpp"
     probe.write_text("int main() { return 0; }\n")
     for command in ([tool("c++"), FLAGS[sanitizer], str(probe), "-o", str(folder / "probe")], [str(folder / "probe")]):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         if done.returncode:
             pytest.skip(f"no {sanitizer} sanitizer here: {(done.stderr.splitlines() or ['it ends at once'])[0]}")
-    build(folder / "build", "-DLIVERELAY_PYTHON=OFF", "-DLIVERELAY_TESTS=ON", f"-DLIVERELAY_SANITIZE={sanitizer}")
-    return folder / "build" / "frame_ring_test"
+    options = ("-DLIVERELAY_PYTHON=OFF", "-DLIVERELAY_TESTS=ON", f"-DLIVERELAY_SANITIZE={sanitizer}")
+    return build(folder / "build", *options, target=program) / program
 
 
 def test_the_core_is_sound_under_address_and_undefined_sanitizer(tmp_path: Path, seed: int) -> None:
