@@ -19,6 +19,8 @@ namespace py = pybind11;
 namespace liverelay {
 namespace {
 
+constexpr std::int64_t kSliceNs = 100000000;  // of a wait that may be the main thread's, so that Ctrl-C is seen
+
 thread_local PyThreadState* looping = nullptr;  // of the thread in `run`, while it is without the GIL
 
 template <typename Work>
@@ -117,6 +119,15 @@ py::object take(const std::shared_ptr<StageLoop>& loop) {
                         seconds(told.ended_ns), told.fault);
 }
 
+template <int (StageLink::*Take)(CudaStream, std::int64_t)>
+int take_buffer(const std::shared_ptr<StageLink>& link, std::uintptr_t stream) {
+  for (;;) {
+    const int buffer = without_gil([&] { return (link.get()->*Take)(address(stream), kSliceNs); });
+    if (buffer != kLinkWaits) return buffer;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+}
+
 std::shared_ptr<StageLink> make_link(const std::vector<std::uintptr_t>& buffers, std::size_t bytes, int device) {
   std::vector<std::uint8_t*> memory;
   for (const std::uintptr_t buffer : buffers) memory.push_back(static_cast<std::uint8_t*>(address(buffer)));
@@ -131,12 +142,8 @@ void bind_link(py::module_& m) {
   const auto stream = py::arg("stream") = 0;
   py::class_<StageLink, std::shared_ptr<StageLink>>(m, "StageLink", plain())
       .def(py::init(&make_link), py::arg("buffers"), py::arg("bytes"), py::arg("device") = kHost)
-      .def("take_free", [](Self link, std::uintptr_t at) {
-        return without_gil([&] { return link->take_free(address(at)); });
-      }, stream)
-      .def("take_full", [](Self link, std::uintptr_t at) {
-        return without_gil([&] { return link->take_full(address(at)); });
-      }, stream)
+      .def("take_free", &take_buffer<&StageLink::take_free>, stream)
+      .def("take_full", &take_buffer<&StageLink::take_full>, stream)
       .def("give_free", [](Self link, int buffer, std::uintptr_t at) { link->give_free(buffer, address(at)); },
            py::arg("buffer"), stream)
       .def("give_full", [](Self link, int buffer, std::uintptr_t at) { link->give_full(buffer, address(at)); },

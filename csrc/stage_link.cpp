@@ -1,5 +1,6 @@
 #include "stage_link.h"
 
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
@@ -19,12 +20,14 @@ StageLink::StageLink(std::vector<std::uint8_t*> buffers, std::size_t bytes, int 
   }
 }
 
-int StageLink::take(std::deque<int>& from, CudaStream stream) {
+int StageLink::take(std::deque<int>& from, CudaStream stream, std::int64_t ns) {
   int buffer = kLinkClosed;
   bool marked = false;
   {
     std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [&] { return !from.empty() || closed_; });
+    const auto due = [&] { return !from.empty() || closed_; };
+    if (ns == kForever) changed_.wait(lock, due);
+    else if (!changed_.wait_for(lock, std::chrono::nanoseconds(ns), due)) return kLinkWaits;
     if (from.empty()) return kLinkClosed;
     buffer = from.front();
     from.pop_front();

@@ -15,7 +15,8 @@
 namespace liverelay {
 
 constexpr int kHost = -1;        // instead of a GPU's number
-constexpr int kLinkClosed = -1;  // instead of a buffer's number
+constexpr int kLinkClosed = -1, kLinkWaits = -2;  // instead of a buffer's number
+constexpr std::int64_t kForever = -1;
 
 // A piece of a block: where it is in a buffer of the link, and in the stage's own memory.
 struct Part {
@@ -34,10 +35,10 @@ class StageLink {
   StageLink(const StageLink&) = delete;
   StageLink& operator=(const StageLink&) = delete;
 
-  // A buffer to fill, or the oldest full one; waits for it. Once closed, what is there still comes, then kLinkClosed.
-  // What `stream` is given from now on is behind the other side's use of the buffer.
-  int take_free(CudaStream stream) { return take(free_, stream); }
-  int take_full(CudaStream stream) { return take(full_, stream); }
+  // A buffer to fill, or the oldest full one. Once closed, what is there still comes, then kLinkClosed; kLinkWaits when
+  // the time ran out. What `stream` is given from now on is behind the other side's use of the buffer.
+  int take_free(CudaStream stream, std::int64_t ns = kForever) { return take(free_, stream, ns); }
+  int take_full(CudaStream stream, std::int64_t ns = kForever) { return take(full_, stream, ns); }
   // Hands it to the other side, who may use it behind what `stream` has been given.
   void give_free(int buffer, CudaStream stream) { give(free_, buffer, stream); }
   void give_full(int buffer, CudaStream stream) { give(full_, buffer, stream); }
@@ -49,7 +50,7 @@ class StageLink {
   std::size_t bytes() const { return bytes_; }
 
  private:
-  int take(std::deque<int>& from, CudaStream stream);
+  int take(std::deque<int>& from, CudaStream stream, std::int64_t ns);
   void give(std::deque<int>& to, int buffer, CudaStream stream);
 
   const std::vector<std::uint8_t*> buffers_;
