@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bind_frame_ring.h"
+#include "bind_stage_loop.h"
 #include "build_info.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -10,4 +11,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("version") = liverelay::version();
   m.def("build_info", &liverelay::build_info, "How the module was built: version, build, compiler, cxx, machine.");
   liverelay::bind_frame_ring(m);
+  liverelay::bind_stage_loop(m);
 }

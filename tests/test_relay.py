@@ -1,4 +1,7 @@
-"""The pipeline in threads: equal to the sequential rollout for every plan, whoever else is on the line."""
+"""The pipeline in threads: equal to the sequential rollout for every plan, whoever else is on the line.
+
+Every test runs with the stages' loops and links in C++, and in Python.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from liverelay.engine.config import StreamConfig
 from liverelay.engine.engine import Engine
 from liverelay.engine.errors import InputError, LiveRelayError
 from liverelay.engine.models.geometry import Geometry
-from liverelay.engine.relay import loop
+from liverelay.engine.relay import loop, native_loop
 from liverelay.engine.relay.messages import Block, Clean, Done, Event, Tensors
 from liverelay.engine.relay.pipeline import Pipeline, local_pipeline
 from liverelay.engine.relay.plan import parse_plan
@@ -25,10 +28,16 @@ from tests.rollout_twin import Wanted, random_block, rollout
 
 PLANS = ["0+1+2+3+vae", "0+1,2+3+vae", "0+1,2+3,vae", "0,1,2,3,vae"]
 Parts = tuple[Engine, LineSpec]
+KINDS = {"native": native_loop.NativeStageLoop, "python": loop.StageLoop}
+kind = "native"  # of the lines that `make_line` makes
 
 
-@pytest.fixture(scope="module")
-def parts(checkpoint: Path) -> Iterator[Parts]:
+@pytest.fixture(scope="module", params=KINDS)
+def parts(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Parts]:
+    global kind
+    kind = request.param
+    if kind == "native" and not native_loop.available(torch.device("cpu")):
+        pytest.skip("the compiled module was not built")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     engine = Engine.load(checkpoint, device="cpu", dtype=torch.float32, stream=StreamConfig())
@@ -42,7 +51,9 @@ def make_line(parts: Parts, plan: str, **options: Any) -> Pipeline:
     engine, spec = parts
     planned = parse_plan(plan, ["cpu"] * (plan.count(",") + 1))
     stages = [Stage(part, spec, engine.dit, engine.vae, torch.float32) for part in planned.stages]
-    return local_pipeline(planned, spec, stages, **options)
+    line = local_pipeline(planned, spec, stages, native=None if kind == "native" else False, **options)
+    assert all(type(worker.loop) is KINDS[kind] for worker in line.workers)  # type: ignore[attr-defined]
+    return line
 
 
 def stages_of(line: Pipeline) -> list[Stage]:
@@ -232,7 +243,8 @@ def test_a_stage_that_cannot_begin_says_so(
     def fail(device: torch.device) -> None:
         raise ValueError("no such device")
 
-    monkeypatch.setattr(loop, "set_device", fail)
+    for module in (loop, native_loop):
+        monkeypatch.setattr(module, "set_device", fail)
     line = make_line(parts, "0+1,2+3+vae")
     given, blocks = session(parts, rng, 1)
     with pytest.raises(ValueError, match="no such device"):

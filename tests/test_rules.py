@@ -32,6 +32,7 @@ LAYERS = (
     "inspection snapshot relay.messages relay.handoff relay.graph",
     "relay.stage",
     "relay.loop",
+    "relay.native_loop",
     "relay.pipeline relay.remote loading",
     "relay.group",
     "relay.ranks",

@@ -48,8 +48,13 @@ class StageLoop:
     def __init__(self, index: int, stage: Stage, source: Link, target: Link | None, emit: Emit) -> None:
         self.index, self.stage, self.source, self.target, self.emit = index, stage, source, target, emit
         self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self.working_since: float | None = None  # when the command that is worked on was begun; the watchdog looks
+        self._since: float | None = None
         self._launched: deque[tuple[torch.cuda.Event, Callable[[], None]]] = deque()
+
+    @property
+    def working_since(self) -> float | None:
+        """When the command that is worked on was begun, on the clock `time.monotonic`; the watchdog looks."""
+        return self._since
 
     def put(self, command: Command) -> None:
         if isinstance(command, Block):
@@ -69,11 +74,11 @@ class StageLoop:
         except BaseException as error:
             self.emit(Failed(self.index, -1, error))
         finally:
-            self.working_since = None
+            self._since = None
 
     def _next(self) -> Command:
         """The next command; what was launched is waited for where there is none yet."""
-        self.working_since = None
+        self._since = None
         if self._launched:
             try:
                 return self.inbox.get_nowait()
@@ -84,7 +89,11 @@ class StageLoop:
     def _do(self, command: Command) -> None:
         if isinstance(command, Block):
             return self._block(command)
-        self.working_since = time.monotonic()
+        self._since = time.monotonic()
+        self._serve(command)
+
+    def _serve(self, command: Command) -> None:
+        """Anything but a block."""
         stage, place = self.stage, command.place
         try:
             if isinstance(command, Open | Load):
@@ -102,7 +111,7 @@ class StageLoop:
     def _block(self, command: Block) -> None:
         asked = time.perf_counter()
         self.source.receive(self.stage.parcel)
-        begun, self.working_since = time.perf_counter(), time.monotonic()
+        begun, self._since = time.perf_counter(), time.monotonic()
         started, answers = self._event(), list[Callable[[], Event]]()
         try:
             answers = self._compute(command)

@@ -42,6 +42,7 @@ from liverelay.engine.relay.messages import (
     Stop,
     Tensors,
 )
+from liverelay.engine.relay.native_loop import make_local_link, make_loop
 from liverelay.engine.relay.plan import Plan
 from liverelay.engine.relay.scheduler import Scheduler
 from liverelay.engine.relay.stage import LineSpec, Stage, check_latents
@@ -350,15 +351,17 @@ def _settle(future: Future[Any] | None, result: Any) -> None:
 
 def local_pipeline(
     plan: Plan, spec: LineSpec, stages: Sequence[Stage], *, places: int = 1, observe: Observer | None = None,
-    make_link: MakeLink = LocalLink,
+    make_link: MakeLink | None = None, native: bool | None = None,
 ) -> Pipeline:
-    """All stages in threads of this process. make_link: of the links between them."""
-    entry, *others = [(stage.spec.parcel_of(stage.plan), stage.device, stage.dtype) for stage in stages]
-    first = LocalLink(*entry)
-    links: list[Link] = [first, *(make_link(*other) for other in others)]
-    pipeline = Pipeline(plan, spec, first, places=places, observe=observe)
-    pipeline.workers = [
-        LocalWorker(StageLoop(i, stage, links[i], links[i + 1] if i + 1 < len(links) else None, pipeline.handle))
-        for i, stage in enumerate(stages)
-    ]
+    """All stages in threads of this process. make_link: of the links between them; native: False for loops and links
+    in Python, True for C++ where it was built, also on GPUs."""
+    devices = [stage.device for stage in stages]
+    parcels = [(stage.spec.parcel_of(stage.plan), stage.device, stage.dtype) for stage in stages]
+    entry = make_local_link(*parcels[0], devices[:1], native)
+    links: list[Link] = [entry]
+    for i, parcel in enumerate(parcels[1:]):
+        links.append(make_link(*parcel) if make_link else make_local_link(*parcel, devices[i : i + 1], native))
+    pipeline = Pipeline(plan, spec, entry, places=places, observe=observe)
+    ways = zip(stages, links, [*links[1:], None], strict=True)
+    pipeline.workers = [LocalWorker(make_loop(i, *way, pipeline.handle, wanted=native)) for i, way in enumerate(ways)]
     return pipeline

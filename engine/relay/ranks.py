@@ -16,9 +16,8 @@ from typing import Any
 
 from liverelay.engine.errors import LiveRelayError
 from liverelay.engine.relay.group import START_S, Abort, Beat, Build, End, Group, Ready
-from liverelay.engine.relay.handoff import LocalLink
-from liverelay.engine.relay.loop import StageLoop
 from liverelay.engine.relay.messages import Command, Event, Failed, Stop
+from liverelay.engine.relay.native_loop import make_local_link, make_loop
 from liverelay.engine.relay.pipeline import LocalWorker, Observer, Pipeline
 from liverelay.engine.relay.plan import Plan
 from liverelay.engine.relay.stage import LineSpec, Stage
@@ -103,7 +102,7 @@ class RankServer:
             fault, stage = str(portable(error, self.name)), None
         if stage is not None:
             links = self.group.links(self.plan, spec, stage.device, stage.dtype)
-            loop = StageLoop(self.group.rank, stage, *links, self._emit)
+            loop = make_loop(self.group.rank, stage, *links, self._emit)
             self._worker = LocalWorker(loop, [link for link in links if link is not None])
         self.channel.put(Ready(fault))
 
@@ -204,9 +203,10 @@ class Leader:
         for worker in self.workers:
             worker.channel.put(Build(spec))
         _, target = self.group.links(self.plan, spec, stage.device, stage.dtype)
-        entry = LocalLink(spec.parcel_of(self.plan.stages[0]), stage.device, stage.dtype)
+        shapes = spec.parcel_of(self.plan.stages[0])
+        entry = make_local_link(shapes, stage.device, stage.dtype, [stage.device])
         line = Pipeline(self.plan, spec, entry, places=places, observe=observe)
-        self._own = LocalWorker(StageLoop(0, stage, entry, target, line.handle), [target])
+        self._own = LocalWorker(make_loop(0, stage, entry, target, line.handle), [target])
         line.workers = [self._own, *self.workers]
         self._wait_ready()
         self._line = line
