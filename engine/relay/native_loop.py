@@ -142,6 +142,7 @@ class NativeStageLoop(StageLoop):
             self._pending.append(command)
             self._pump()
 
+    @torch.inference_mode()  # whoever takes an answer may send the next block into a stage's buffers
     def run(self) -> None:
         """Tell of jobs until `Stop`; the jobs have a thread of their own."""
         thread = threading.Thread(target=self._work, name=f"{threading.current_thread().name} loop", daemon=True)
