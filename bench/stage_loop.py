@@ -37,6 +37,7 @@ class FixedStage:
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.device, self.parcel = seconds, CPU, Parcel(SHAPES, CPU, torch.bfloat16)
+        self.places: dict[int, Any] = {}
         self.plan, self.last_step = SimpleNamespace(name="fixed", decode=False), False
 
     def denoise(self, *_: object) -> None:

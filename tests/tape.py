@@ -48,6 +48,7 @@ class TapeGraphs(Graphs):
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
         self.enabled, self.tapes, self.replays = True, dict[Hashable, Tape](), 0
+        self.programmed = 0  # of the replays, those that were in programs
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
         if key in self.tapes:
@@ -56,6 +57,13 @@ class TapeGraphs(Graphs):
         with Tape() as tape:
             work()
         self.tapes[key] = tape
+
+    def has(self, key: Hashable) -> bool:
+        return key in self.tapes
+
+    def add(self, program: Any, key: Hashable) -> None:
+        self.replays, self.programmed = self.replays + 1, self.programmed + 1
+        program.call(self.tapes[key].replay)
 
 
 def _tensors(value: Any) -> list[Tensor]:

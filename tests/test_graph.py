@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from liverelay.engine.relay.graph import Graphs
+from tests import test_relay
 from tests.tape import TapeGraphs
 from tests.test_relay import Parts, ask, equal, expected, make_line, parts, session, stages_of, videos
 
@@ -36,6 +37,8 @@ def test_replayed_stages_equal_the_rollout(parts: Parts, plan: str, rng: torch.G
     assert equal(videos(line, line.open(third[0]), third[1]), expected(parts, *third))  # in the place of the first
     line.close()
     assert all(graph.replays > len(graph.tapes) for graph in graphs)
+    for graph in graphs:  # in C++ blocks whose graphs are all there are programs
+        assert 3 * graph.programmed > graph.replays if test_relay.kind == "native" else not graph.programmed
 
 
 class Keys(Graphs):
@@ -57,7 +60,7 @@ def test_a_first_session_finds_all_its_graphs(
     first, last = stages_of(line)
     for stage in (first, last):
         stage.graphs = Keys()
-        monkeypatch.setattr(stage.dit, "variant", lambda ws: (ws.place.row, ws.place.valid))  # of our kernels
+        monkeypatch.setattr(stage.dit, "variant", lambda place: (place.row, place.valid))  # of our kernels
     given, blocks = session(parts, rng, 11)
     serial = line.open(given)
     begun = videos(line, serial, blocks[:1])

@@ -31,7 +31,7 @@ LAYERS = (
     "models.dit models.audio_live",
     "inspection snapshot relay.messages relay.handoff relay.graph",
     "relay.stage",
-    "relay.loop",
+    "relay.loop relay.captured",
     "relay.native_loop",
     "relay.pipeline relay.remote loading",
     "relay.group",

@@ -34,7 +34,7 @@ from liverelay.engine.models.weights import Linear
 from liverelay.engine.models.workspace import Workspace
 from liverelay.kernels import dispatch, torch_ops
 from liverelay.kernels.attention_backends import Attention, candidates, fastest, fp8_candidates, named, try_out
-from liverelay.kernels.contract import Norm, Scales, Update
+from liverelay.kernels.contract import Norm, Place, Scales, Update
 
 Tap = Callable[[str, Tensor], None]
 NOISY, REFERENCE, MOTION = 0, 1, 2
@@ -237,17 +237,19 @@ class DiT:
 
     def fill_block(self, ws: Workspace, arena: Arena, start_frame: int, reference_position: int) -> None:
         """The part of a block-step that the host decides: positions, ring slot and valid rows, into device buffers."""
-        geometry, moved = ws.geometry, reference_position != arena.reference_position
-        arena.reference_position = reference_position
-        row, valid = geometry.slot_row(start_frame), geometry.valid_tokens(start_frame)
-        ws.fill(row, valid, moved, (start_frame, reference_position))
+        ws.write(self.draft_block(ws, arena, start_frame, reference_position))
 
-    def variant(self, ws: Workspace) -> tuple[int, ...]:
+    def draft_block(self, ws: Workspace, arena: Arena, start_frame: int, reference_position: int) -> Tensor:
+        """As `fill_block`, for a caller who copies the words to the device when their turn has come."""
+        place = ws.place_at(start_frame, reference_position != arena.reference_position)
+        arena.reference_position = reference_position
+        return ws.draft(place.row, place.valid, place.moved, (start_frame, reference_position))
+
+    def variant(self, place: Place) -> tuple[int, ...]:
         """What of `fill_block` is in the launches of `compute_block` themselves: a graph holds for these numbers.
 
         Ring slot and fill level; in plain PyTorch also whether the sink moves, which our kernel reads on the device.
         """
-        place = ws.place
         return (place.row, place.valid, *([place.moved] if self.ops.qk_norm_rope is torch_ops.qk_norm_rope else []))
 
     def compute_block(

@@ -106,7 +106,8 @@ class Workspace:
         frames, rows, cols = geometry.frames_per_block, range(geometry.rows), range(geometry.cols)
         sizes = [4, *[frames * pairs] * 2, *[pairs] * 2]
         words = torch.zeros(sum(sizes), device=device)
-        self._staging, self._draft = Staging(words), np.zeros(sum(sizes), dtype=np.float32)
+        self.words, self._staging = words, Staging(words)
+        self._draft = np.zeros(sum(sizes), dtype=np.float32)
         place, *times = (part.view(-1, pairs) if i else part for i, part in enumerate(words.split(sizes)))
         self.place = Place(0, 0, False, place.view(torch.int32)[:3])
         self.block_rope = RopeTable(grid_angles(range(frames), rows, cols, head_dim), times[:2])
@@ -120,7 +121,19 @@ class Workspace:
 
     def fill(self, row: int, valid: int, moved: bool, times: tuple[int, int] | None = None) -> None:
         """Set the place and, for a block, the RoPE times of its first latent frame and of the sink's reference, here
-        and on the device: one copy that nothing waits for. Exact at any position (design section 2.3)."""
+        and on the device: one copy that nothing waits for."""
+        self.write(self.draft(row, valid, moved, times))
+
+    def write(self, draft: Tensor) -> None:
+        self._staging.write(draft)
+
+    def place_at(self, start_frame: int, moved: bool) -> Place:
+        """Where a block will stand; changes nothing."""
+        geometry = self.geometry
+        return Place(geometry.slot_row(start_frame), geometry.valid_tokens(start_frame), moved, self.place.scalars)
+
+    def draft(self, row: int, valid: int, moved: bool, times: tuple[int, int] | None = None) -> Tensor:
+        """What `fill` writes into `words`, valid until the next draft. Exact at any position (design section 2.3)."""
         place = self.place
         place.row, place.valid, place.moved = row, valid, moved
         draft = self._draft
@@ -130,7 +143,7 @@ class Workspace:
             frames = range(first, first + self.geometry.frames_per_block)
             parts = [*angles(frames, self._pairs), *angles([reference], self._pairs)]
             draft[4:] = np.concatenate([part.ravel() for part in parts])
-        self._staging.write(torch.from_numpy(draft))
+        return torch.from_numpy(draft)
 
     def spread_times(self) -> None:
         """From the words that were filled to the tables: the device's part of it, which a graph can hold."""

@@ -10,8 +10,12 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from liverelay.engine._C import StageProgram
 
 # One capture at a time in the process: PyTorch's allocator and its graphs know of one only. Whoever else would wait for
 # a whole device meanwhile (torch.cuda.synchronize) spoils the capture: stages wait for events alone.
@@ -39,7 +43,7 @@ class Graphs:
         The first run is what loads kernels and libraries; capturing computes nothing, so the result is that of one run.
         Work that cannot be captured is run as it stands for ever, which is said once.
         """
-        if key in self.captured:
+        if self.has(key):
             return self.captured[key].replay()
         if not self.enabled:
             return work()
@@ -62,6 +66,15 @@ class Graphs:
         with torch.cuda.stream(self._stream):
             work()
         ours.wait_stream(self._stream)
+
+    def has(self, key: Hashable) -> bool:
+        """Whether the work of this key is captured."""
+        return key in self.captured
+
+    def add(self, program: StageProgram, key: Hashable) -> None:
+        """Its replay, to a program without Python. We draw no random numbers, which is what a replay by PyTorch sees
+        to beyond the launch."""
+        program.launch(self.captured[key].raw_cuda_graph_exec())
 
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Not through torch.cuda.graph, which waits for the device and empties its caches before each capture."""

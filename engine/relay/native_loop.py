@@ -2,7 +2,7 @@
 
 Two threads: one is in C++ and holds the interpreter's lock only while it calls Python for a job; the other tells the
 leader, so nobody who takes an answer holds up the stage. Links within the process are C++ too (`NativeLink`), others
-are called. What a stage computes is called, but for blocks whose `_program` is without Python.
+are called. What a stage computes is called, but for blocks whose graphs are all captured.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from liverelay.engine import native
 from liverelay.engine.errors import LiveRelayError
+from liverelay.engine.relay.captured import Captured
 from liverelay.engine.relay.dispatch import BUFFERS
 from liverelay.engine.relay.handoff import Link, LinkClosed, LocalLink, Parcel, Shapes
 from liverelay.engine.relay.loop import AHEAD, Emit, StageLoop
@@ -110,6 +111,7 @@ class Job:
     command: Command
     called: bool = True  # Python computes it, so what the host knows of the stage is behind until it is done
     answers: list[Callable[[], Event]] = field(default_factory=list)
+    give_back: Callable[[], None] = lambda: None
 
 
 class NativeStageLoop(StageLoop):
@@ -130,6 +132,7 @@ class NativeStageLoop(StageLoop):
         self._numbers, self._called = 0, 0
         self._answers: list[Callable[[], Event]] = []  # of the job that Python computes
         self._fault: BaseException | None = None
+        self._captured = Captured(stage)
 
     @property
     def working_since(self) -> float | None:
@@ -186,9 +189,10 @@ class NativeStageLoop(StageLoop):
             else:
                 job, program = Job(command), None
                 if isinstance(command, Block):
-                    if self._called and self._prepared(command):
+                    if not self._called:
+                        program = self._program(command, job)
+                    elif self._captured.ready(command):
                         return
-                    program = self._program(command, job)
                 job.called = program is None
                 self._called += job.called
                 self._jobs[self._numbers] = job
@@ -197,13 +201,13 @@ class NativeStageLoop(StageLoop):
                 self._numbers += 1
             self._pending.popleft()
 
-    def _prepared(self, block: Block) -> bool:
-        """Whether `_program` will have one for the block."""
-        return False
-
     def _program(self, block: Block, job: Job) -> StageProgram | None:
-        """A block without Python, if that is known by now; sets the job's answers."""
-        return None
+        """A block without Python, where that can be; sets the job's answers."""
+        if not self._captured.ready(block):
+            return None
+        prepared = self._captured.prepare(self.index, block)
+        job.answers, job.give_back = prepared.answers, prepared.give_back
+        return self._around(prepared.add)
 
     def _call_program(self, job: Job) -> StageProgram:
         return self._around(lambda program: program.call(lambda: self._call(job)), isinstance(job.command, Block))
@@ -265,5 +269,6 @@ class NativeStageLoop(StageLoop):
         else:
             for answer in job.answers:
                 self._tell(answer())
+        job.give_back()
         if isinstance(command, Block):
             self._tell(Done(self.index, command.serial, command.block, asked, begun, computed, ended))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from liverelay.engine.relay.graph import Graphs
 from liverelay.engine.relay.handoff import Parcel
 from liverelay.engine.relay.messages import Block, Tensors
 from liverelay.engine.relay.plan import StagePlan
+from liverelay.kernels.contract import Place as ArenaPlace
 
 OnStep = Callable[[int, Tensor], None]
 NOBODY = -1
@@ -179,10 +180,15 @@ class Stage:
         self.graphs.run("audio", self._hear)
         for step, arena in place.arenas.items():
             dit.fill_block(self.workspace, arena, start, reference_position(start, block.distances[step]))
-            key = (number, step, *dit.variant(self.workspace))
+            key = self.step_key(number, step, self.workspace.place)
             self.graphs.run(key, functools.partial(self._step, step, place))
             if on_step:
                 on_step(step, parts["latent"])
+
+    def step_key(self, number: int, step: int, placed: ArenaPlace) -> Hashable:
+        """Of the graph of a place's step, for a block that stands there in its arena."""
+        assert self.dit is not None
+        return number, step, *self.dit.variant(placed)
 
     def _hear(self) -> None:
         """The sound of the parcel, as the layers take it, for all steps of this stage."""

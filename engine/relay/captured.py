@@ -1,0 +1,121 @@
+"""Blocks of a stage without Python: once all graphs of a block are captured, it is copies and launches (csrc/).
+
+What the host decides of a block (ring slot, fill level, positions) is decided when it is asked for, in memory of the
+block's own; so a block is prepared only when nothing that Python computes is under way before it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from liverelay.engine.models.geometry import reference_position
+from liverelay.engine.relay.messages import Block, Event, Finished
+from liverelay.engine.relay.stage import Place, Stage
+
+if TYPE_CHECKING:
+    from liverelay.engine._C import StageProgram
+
+
+class Pool:
+    """Host memory that a device copies from or to, used again and again; as many as were ever under way at a time."""
+
+    def __init__(self) -> None:
+        self._free: deque[Tensor] = deque()
+
+    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """shape: the same every time."""
+        if self._free:
+            return self._free.popleft()
+        with torch.inference_mode(False):  # whatever thread is the first to need it, others write it too
+            return torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda)
+
+    def give_back(self, tensor: Tensor) -> None:
+        self._free.append(tensor)
+
+
+@dataclass
+class Prepared:
+    """A block's work: what to add to its program, what is told when it is done, what is free again then."""
+
+    adders: list[Callable[[StageProgram], None]] = field(default_factory=list)
+    answers: list[Callable[[], Event]] = field(default_factory=list)
+    taken: list[tuple[Pool, Tensor]] = field(default_factory=list)
+
+    def add(self, program: StageProgram) -> None:
+        for adder in self.adders:
+            adder(program)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        self.adders.append(lambda program: program.copy(target.data_ptr(), source.data_ptr(), source.nbytes))
+
+    def give_back(self) -> None:
+        for pool, tensor in self.taken:
+            pool.give_back(tensor)
+
+
+class Captured:
+    """Prepares the blocks of a stage."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self._words, self._videos = Pool(), Pool()
+
+    def ready(self, block: Block) -> bool:
+        """Whether all graphs are there, and nothing is to be seen or decided between them: the first block tells of
+        its latent, a clip's first may take a new sink, a kept one shows its steps."""
+        stage, place = self.stage, self.stage.places.get(block.place)
+        if place is None or block.keep or block.block in (0, stage.spec.stream.blocks_per_clip):
+            return False
+        if place.decoder is not None and (place.decoder.first or not stage.graphs.has(self._decode_key(block))):
+            return False
+        keys = [*self._step_keys(block, place), "audio"] if place.arenas else []
+        return all(stage.graphs.has(key) for key in keys)
+
+    def prepare(self, index: int, block: Block) -> Prepared:
+        """A block that is ready, after all that came before it was prepared or done. index: the stage's."""
+        stage, place, made = self.stage, self.stage.places[block.place], Prepared()
+
+        def launch(key: Hashable) -> None:
+            made.adders.append(lambda program: stage.graphs.add(program, key))
+
+        if stage.dit is not None:
+            keys, words = self._step_keys(block, place), stage.workspace.words
+            launch("audio")
+            drafts = self._words.take((len(place.arenas), *words.shape), words)
+            made.taken.append((self._words, drafts))
+            for draft, (step, arena) in zip(drafts, place.arenas.items(), strict=True):
+                launch_key, start, reference = next(keys), self._start(block), self._reference(block, step)
+                draft.copy_(stage.dit.draft_block(stage.workspace, arena, start, reference))
+                made.copy(words, draft)
+                launch(launch_key)
+        if stage.plan.decode and place.decoder is None:
+            made.answers.append(lambda: Finished(index, block.serial, block.block, None))
+        elif stage.plan.decode:
+            launch(self._decode_key(block))
+            frames = self._videos.take(tuple(stage.video.shape), stage.video)
+            made.taken.append((self._videos, frames))
+            made.copy(frames, stage.video)
+            made.answers.append(lambda: Finished(index, block.serial, block.block, frames.numpy().copy()))
+        return made
+
+    def _start(self, block: Block) -> int:
+        return block.block * self.stage.spec.geometry.frames_per_block
+
+    def _reference(self, block: Block, step: int) -> int:
+        return reference_position(self._start(block), block.distances[step])
+
+    def _step_keys(self, block: Block, place: Place) -> Iterator[Hashable]:
+        for step, arena in place.arenas.items():
+            moved = self._reference(block, step) != arena.reference_position
+            placed = self.stage.workspace.place_at(self._start(block), moved)
+            yield self.stage.step_key(block.place, step, placed)
+
+    @staticmethod
+    def _decode_key(block: Block) -> Hashable:
+        return block.place, "decode", False
