@@ -39,7 +39,10 @@ def available(device: torch.device, wanted: bool | None = None) -> bool:
     module: Any = native.module()
     if wanted is False or not hasattr(module, "StageLoop"):
         return False
-    return device.type == "cpu" or (wanted is True and device.type == "cuda" and not module.cuda_open())
+    if device.type == "cpu":
+        return True
+    handed_out = hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph_exec")  # not by every PyTorch
+    return wanted is True and device.type == "cuda" and handed_out and not module.cuda_open()
 
 
 def make_loop(
