@@ -16,8 +16,9 @@ from liverelay.engine import Engine
 from liverelay.engine.models.workspace import STAGED, Staging
 from liverelay.engine.relay.graph import Graphs
 from liverelay.engine.relay.handoff import LocalLink
+from liverelay.engine.relay.native_loop import available
 from liverelay.engine.relay.pipeline import local_pipeline
-from liverelay.engine.relay.plan import Plan, StagePlan
+from liverelay.engine.relay.plan import Plan, StagePlan, parse_plan
 from liverelay.engine.relay.remote import self_loop
 from liverelay.engine.relay.stage import Stage, set_device
 
@@ -176,6 +177,22 @@ def test_the_engine_as_it_comes_makes_the_same_video_twice(checkpoint: Path, num
             videos.append([chunk.frames for chunk in session.frames()])
     engine.close()
     assert sum(map(len, videos[0])) == 75 and all(map(np.array_equal, *videos))
+
+
+@pytest.mark.parametrize("plan", ["0+1+2+3+vae", "0+1,2+3,vae"])
+def test_the_loop_in_cpp_gives_the_frames_of_its_twin(model: Model, plan: str) -> None:
+    if not available(model.device, True):
+        pytest.skip("the compiled module was not built, or this PyTorch hands out no graphs")
+    planned = parse_plan(plan, [str(model.device)] * (plan.count(",") + 1))
+    stages, frames = [model.stage(part) for part in planned.stages], list[list[Any]]()
+    for native in (False, True, True):  # the second time all graphs are there from the start
+        line = local_pipeline(planned, model.spec, stages, native=native)
+        serial = line.open(model.given)
+        futures = [line.request(serial, block, model.sound[block % len(model.sound)],
+                                model.distances[block % len(model.distances)]) for block in range(20)]  # fmt: skip
+        frames.append([future.result(timeout=300) for future in futures])
+        line.close()
+    assert all(map(np.array_equal, frames[0], frames[1])) and all(map(np.array_equal, frames[0], frames[2]))
 
 
 def test_staged_writes_keep_their_order_however_far_the_host_is_ahead(device: torch.device) -> None:
