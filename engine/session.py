@@ -7,7 +7,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +111,7 @@ class Session(Stream):
     def _frames_of(self, wanted: _Wanted) -> Any:
         try:
             return wanted.future.result()
-        except (Exception, CancelledError):
+        except Exception:
             self._broken = True  # its caches stopped half-way
             raise
 

@@ -6,6 +6,7 @@ Every test runs with the stages' loops and links in C++, and in Python.
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -231,9 +232,44 @@ def test_a_closed_line_says_so_to_everybody(parts: Parts, rng: torch.Generator) 
     serial = line.open(given)
     futures = [ask(line, serial, n, block) for n, block in enumerate(blocks)]
     line.close()
-    assert all(future.done() or future.cancelled() for future in futures)
+    assert all(future.done() for future in futures)
     with pytest.raises(LiveRelayError, match="closed"):
         line.open(given)
+    line.close()
+
+
+@pytest.mark.parametrize("whole_line", [False, True])
+def test_who_waits_for_a_session_that_is_closed_is_told(
+    parts: Parts, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, whole_line: bool
+) -> None:
+    line = make_line(parts, "0+1,2+3+vae", places=2)
+    busy, waiting = threading.Event(), threading.Event()
+    given, blocks = session(parts, rng, 5)
+    asks, saves = line.open(given), line.open(given)
+
+    def save(place: int) -> tuple[Tensors, dict[str, int]]:
+        busy.set()
+        waiting.wait(60)
+        return {}, {}
+
+    monkeypatch.setattr(stages_of(line)[0], "save", save)
+    saved = line.save(saves)
+    with pytest.raises(LiveRelayError, match="cannot be saved"):
+        line.save(saves)
+    wanted = [ask(line, asks, n, block) for n, block in enumerate(blocks)]
+    assert busy.wait(60)
+    closing = threading.Thread(target=line.close)
+    if whole_line:
+        closing.start()
+    else:
+        line.close_session(asks)
+        line.close_session(saves)
+    for future in (saved, *wanted):
+        with pytest.raises(LiveRelayError, match="closed"):
+            future.result(timeout=30)
+    waiting.set()
+    if whole_line:
+        closing.join(60)
     line.close()
 
 

@@ -178,8 +178,7 @@ class Pipeline:
             if client is None:
                 return
             self._turns.close(serial)
-            for future in client.results.values():
-                future.cancel()
+            _give_up(client, LiveRelayError("the session is closed"))
             if self.error is None:
                 self._tell(Close(client.place, serial))
             self._free.append(client.place)
@@ -208,8 +207,8 @@ class Pipeline:
         """A session's state at every stage, by the stage's number. Its blocks that were asked for must have come."""
         with self._lock:
             client = self._client(serial)
-            if client.results:
-                raise LiveRelayError("a session cannot be saved while blocks of it are under way")
+            if client.results or (client.saving is not None and not client.saving.done()):
+                raise LiveRelayError("a session cannot be saved while blocks of it, or another save, are under way")
             client.saved, client.saving = {}, Future()
             self._tell(Save(client.place, serial))
             return client.saving
@@ -225,8 +224,7 @@ class Pipeline:
             broken = self.error is not None
             self.error = self.error or LiveRelayError("the engine is closed")
             for client in self._clients.values():
-                for future in client.results.values():
-                    future.cancel()
+                _give_up(client, self.error)
         workers, self.workers = self.workers, ()
         for worker in workers:
             worker.put(Stop())
@@ -305,8 +303,7 @@ class Pipeline:
                 _settle(client.saving, client.saved)
         elif isinstance(event, Failed):
             client.error = event.error
-            for future in [*client.results.values(), client.saving]:
-                _settle(future, event.error)
+            _give_up(client, event.error)
 
     def _complete(self, client: Client, block: int) -> None:
         """Settle a block when all its answers are there: they come from several stages, in any order."""
@@ -322,8 +319,7 @@ class Pipeline:
         if self.error is None:
             self.error = event.error
             for client in self._clients.values():
-                for future in [*client.results.values(), client.saving]:
-                    _settle(future, event.error)
+                _give_up(client, event.error)
 
 
 @atexit.register
@@ -347,6 +343,12 @@ def _settle(future: Future[Any] | None, result: Any) -> None:
         future.set_exception(result)
     else:
         future.set_result(result)
+
+
+def _give_up(client: Client, error: BaseException) -> None:
+    """Tell everybody who waits for something of this session."""
+    for future in [*client.results.values(), client.saving]:
+        _settle(future, error)
 
 
 def local_pipeline(
