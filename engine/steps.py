@@ -35,7 +35,7 @@ class StageSet:
 
     def __init__(self, stages: Sequence[Stage], places: int) -> None:
         self.stages, self.lock = stages, threading.Lock()
-        self._free = list(range(places))[::-1]
+        self._free = list(range(places))[::-1]  # appended to without the lock, which whoever gives back may hold
 
     def take_place(self) -> int:
         """InputError when there is none."""
@@ -45,17 +45,19 @@ class StageSet:
             return self._free.pop()
 
     def give_back(self, place: int) -> None:
-        with self.lock:
-            self._free.append(place)
+        """May be called by the garbage collector, in the middle of anything."""
+        self._free.append(place)
 
 
 @dataclass(eq=False)
 class Job:
-    """A block that is being made. parcel: its latent and sound; stages: that have run it; state: see `SteppedSession`.
+    """A block that is being made. session: whose it is; parcel: its latent and sound; stages: that have run it; state:
+    see `SteppedSession`.
 
     The latent `parcel.parts["latent"]` [16, F, h, w] is noise in the beginning and clean when all stages have run.
     """
 
+    session: SteppedSession
     made: BlockInput
     parcel: Parcel
     stages: int = 0
@@ -103,7 +105,7 @@ class SteppedSession(Stream):
         if self.past_end(self._next) or not self.has_sound(self._next):
             return None
         first = self._steps[0]
-        job = Job(self.block_input(self._next), Parcel(self.spec.parcel, first.device, first.dtype))
+        job = Job(self, self.block_input(self._next), Parcel(self.spec.parcel, first.device, first.dtype))
         job.parcel.fill(job.made.parts)
         self._next += 1
         return job
@@ -167,6 +169,8 @@ class SteppedSession(Stream):
         return self.chunk(job.made, frames)
 
     def _expect(self, job: Job, state: str) -> None:
+        if job.session is not self:
+            raise LiveRelayError(f"block {job.number} is of another session")
         if job.state != state:
             raise LiveRelayError(f"block {job.number} is {job.state}, not {state}")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,30 @@ def test_places_are_limited_and_given_back(engine: Engine, numbers: Numbers) -> 
     again = [person.steps(engine) for _ in range(2)]
     assert same([run(again[0], job) for job in [again[0].prepare_block()] if job], person.expected(engine)[:1])
     for session in [*again, *sessions]:
+        session.close()
+
+
+def test_a_place_is_given_back_in_the_middle_of_a_stage(engine: Engine, numbers: Numbers) -> None:
+    session = Person(numbers).steps(engine)
+    given_back = threading.Thread(target=session.close, daemon=True)
+    with session._set.lock:  # as the garbage collector may, in the thread that runs a stage
+        given_back.start()
+        given_back.join(10)
+        assert not given_back.is_alive()
+
+
+def test_a_job_of_another_session_is_refused(engine: Engine, numbers: Numbers) -> None:
+    own, other = Person(numbers).steps(engine), Person(numbers).steps(engine)
+    job = other.prepare_block()
+    assert job is not None
+    calls: list[Callable[[], object]] = [
+        lambda: own.run_stage(job, 0), lambda: own.commit(job), lambda: own.discard(job), lambda: own.decode_block(job)
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(LiveRelayError, match="another session"):
+            call()
+    run(other, job)
+    for session in (own, other):
         session.close()
 
 
