@@ -73,16 +73,24 @@ class Session(Stream):
         """
         while True:
             self.check_open()
-            while len(self._wanted) < self.line.depth and self._can_ask(idle):
-                self._want_block()
+            while len(self._wanted) < self.line.depth and self._ask(idle):
+                pass
             if not self._wanted:
                 if not idle:
                     return
-                self.fill_silence(self._next)
-                self._want_block()
+                with self._asking:
+                    self.fill_silence(self._next)
+                    self._want_block()
             made, frames = self._wanted[0].made, self._frames_of(self._wanted[0])
             self._wanted.popleft()
             yield self.chunk(made, frames, idle=idle)
+
+    def _ask(self, idle: bool) -> bool:
+        """Ask for the next block where it can be made now; whether it was."""
+        with self._asking:
+            if can := self._can_ask(idle):
+                self._want_block()
+            return can
 
     def _can_ask(self, idle: bool) -> bool:
         """Whether the block that is asked for next can be made now and is part of the video."""

@@ -6,6 +6,7 @@ first audio frame 3 frames longer instead (pre-roll), so that picture and sound 
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,7 @@ class Stream:
         self.engine, self.spec, self.seed, self.session_id = engine, spec, seed, session_id
         self._track = track
         self._next = 0  # the block that is asked for next
+        self._asking = threading.RLock()  # held while it is asked for: an interrupt comes before or after that
         self._live = track if isinstance(track, LiveAudio) else None
 
     def check_open(self) -> None:
@@ -156,11 +158,12 @@ class Stream:
 
     def interrupt(self) -> None:
         """Drop the sound of a live session that no block was asked for yet: the avatar falls silent, or says what is
-        pushed next. Blocks that are under way still come."""
+        pushed next. Blocks that are under way still come. May be called from another thread, as `push_audio`."""
         self.check_open()
         if self._live is None:
             raise InputError("only a live session can be interrupted; open one without audio=")
-        self._live.drop_after(self.frames_before(self._next))
+        with self._asking:
+            self._live.drop_after(self.frames_before(self._next))
 
     def frames_before(self, block: int) -> int:
         """Number of the video frame that a block begins with."""

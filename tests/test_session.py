@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -310,3 +311,29 @@ def test_an_interrupted_avatar_says_what_is_pushed_next(engine: Engine, numbers:
     session.close()
     with pytest.raises(InputError, match="only a live session"):
         start(engine, image, speech).interrupt()
+
+
+def test_an_interrupt_waits_for_the_block_that_is_being_asked_for(
+    engine: Engine, numbers: Numbers, monkeypatch: Patch
+) -> None:
+    session, speech, other = start(engine, picture(numbers)), sound(numbers, RATE), sound(numbers, RATE)
+    session.push_audio(speech, RATE)
+    features, hearing = engine.audio.hidden_states, threading.Event()
+    interrupt = threading.Thread(target=session.interrupt)
+
+    def slow(window: Array) -> torch.Tensor:
+        if not hearing.is_set():
+            hearing.set()
+            interrupt.start()
+            interrupt.join(0.3)
+        return features(window)
+
+    monkeypatch.setattr(engine.audio, "hidden_states", slow)
+    first = next(session.frames())
+    interrupt.join(60)
+    assert hearing.is_set() and np.array_equal(first.audio, speech[: len(first.audio)])
+    heard = session.heard_samples
+    session.push_audio(other, RATE)
+    session.end_audio()
+    in_step([first, *session.frames()], np.concatenate([speech[:heard], other]))
+    session.close()
