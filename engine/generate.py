@@ -182,11 +182,15 @@ def _finish(
 
     name = named(options.out)
     with uninterrupted():
-        video.close(name)
-        if options.contact_sheet is not None:
-            sheet.save(named(options.contact_sheet))
-        if isinstance(video, RecoverableVideo) and not short:
-            video.remove()
+        try:
+            video.close(name)
+            if options.contact_sheet is not None:
+                sheet.save(named(options.contact_sheet))
+            if isinstance(video, RecoverableVideo) and not short:
+                video.remove()
+        finally:
+            if isinstance(video, RecoverableVideo):
+                video.release()
     if lost is not None:
         raise StageLost(f"{lost}; the {video.frames} frames that were done are in {name}")
     return GenerateResult(name, video.frames, interrupted)

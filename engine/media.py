@@ -216,6 +216,16 @@ def join_videos(parts: Sequence[tuple[Path, int]], target: Path, sound: Sound, r
     return target
 
 
+def holds_frames(path: Path, count: int) -> bool:
+    """Whether it is a video file of ours, mp4, whose header tells of so many frames."""
+    av = _av()
+    try:
+        with av.open(str(path)) as file:
+            return bool(file.streams.video[0].frames == count)
+    except (av.FFmpegError, OSError, IndexError):
+        return False
+
+
 def pictures_of(path: Path) -> Iterator[Frames]:
     """The frames of a video file, one by one, [1, H, W, 3]."""
     with _av().open(str(path)) as file:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from liverelay.engine.errors import InputError, OutputError
-from liverelay.engine.media import Frames, Sound, VideoWriter, join_videos, part_path, pictures_of
+from liverelay.engine.media import Frames, Sound, VideoWriter, holds_frames, join_videos, part_path, pictures_of
 from liverelay.engine.session import Session
 from liverelay.engine.snapshot import Snapshot
 
@@ -33,7 +33,7 @@ def digest(array: Any) -> str:
 
 
 class RecoverableVideo:
-    """A VideoWriter whose work survives its process. `folder` is locked until `close` or `abort`.
+    """A VideoWriter whose work survives its process. `folder` is locked until `release` or `abort`.
 
     run: what decides the result, by the name that a user knows; a folder of another run is refused. sound
     [m, channels] of `rate`: all of it, as it goes into the video.
@@ -61,7 +61,7 @@ class RecoverableVideo:
             return None
         try:
             state = json.loads(found.read_text())
-            run, pieces, snapshot = state["run"], state["pieces"], str(state["snapshot"])
+            run, pieces, snapshot = dict(state["run"]), state["pieces"], str(state["snapshot"])
             self.pieces = [(str(name), int(frames)) for name, frames in pieces]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{found} cannot be read ({error}); delete {self.folder} to begin anew") from None
@@ -71,6 +71,9 @@ class RecoverableVideo:
                 f"{self.folder} is of a run with another {', '.join(other)}; delete it to begin anew, or give another "
                 "--out"
             )
+        for name, frames in self.pieces:
+            if not holds_frames(self.folder / name, frames):
+                raise InputError(f"{self.folder / name} is damaged or gone; delete {self.folder} to begin anew")
         self._tidy({STATE, snapshot, *(name for name, _ in self.pieces)})
         return Snapshot.load(self.folder / snapshot)
 
@@ -123,7 +126,6 @@ class RecoverableVideo:
     def close(self, path: Path | None = None) -> Path:
         """Write the whole video; the folder stays until `remove`."""
         self._end_piece()
-        self._release()
         files = [(self.folder / name, frames) for name, frames in self.pieces]
         return join_videos(files, path or self.out, self._sound, self._rate, self._fps)
 
@@ -133,9 +135,10 @@ class RecoverableVideo:
             self._writer.abort()
         with contextlib.suppress(OSError):
             self.folder.rmdir()  # where nothing was saved
-        self._release()
+        self.release()
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Let another process go on in the folder."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,11 @@ av = pytest.importorskip("av", reason="PyAV is not installed")
 soundfile = pytest.importorskip("soundfile", reason="soundfile is not installed")
 from PIL import Image  # noqa: E402
 
+from liverelay.engine import recovery  # noqa: E402
 from liverelay.engine.cli import main  # noqa: E402
+from liverelay.engine.errors import OutputError  # noqa: E402
 from liverelay.engine.media import VideoWriter, join_videos, pictures_of, probe  # noqa: E402
+from liverelay.engine.recovery import RecoverableVideo  # noqa: E402
 from liverelay.engine.relay.stage import Stage  # noqa: E402
 
 SECONDS = 5
@@ -142,6 +146,42 @@ def test_a_broken_state_is_one_line(
         assert "cannot be read" in capsys.readouterr().err.splitlines()[-1]
         (folder / "state.json").write_text("{")
     assert not (inputs / "video.mp4").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "junk", "another", "run"])
+def test_damage_is_told_before_a_block_is_made(
+    checkpoint: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    folder = begin_and_fail(checkpoint, inputs, monkeypatch)
+    state = json.loads((folder / "state.json").read_text())
+    piece = folder / state["pieces"][0][0]
+    if damage == "missing":
+        piece.unlink()
+    elif damage == "junk":
+        piece.write_bytes(b"junk")
+    else:
+        state = {**state, "run": []} if damage == "run" else {**state, "pieces": [[piece.name, 5]]}
+        (folder / "state.json").write_text(json.dumps(state))
+    capsys.readouterr()
+    monkeypatch.setattr(VideoWriter, "write", lambda *_: pytest.fail("a block was made"))
+    assert main(arguments(checkpoint, inputs, "--snapshot-every", 2)) == 1
+    assert "to begin anew" in capsys.readouterr().err.splitlines()[-1] and (folder / "state.json").exists()
+
+
+def test_the_folder_is_locked_until_the_video_is_there(
+    checkpoint: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join, refused = recovery.join_videos, []
+
+    def joined(*given: Any) -> Path:
+        with pytest.raises(OutputError, match="another process"):
+            RecoverableVideo(inputs / "video.mp4", {}, sound=np.zeros((1, 1), np.float32), rate=16000, fps=25)
+        refused.append(True)
+        return join(*given)
+
+    monkeypatch.setattr(recovery, "join_videos", joined)
+    assert main(arguments(checkpoint, inputs, "--snapshot-every", 1, "--seconds", 1)) == 0 and refused
+    assert names(inputs) == {"face.png", "sound.wav", "video.mp4"}
 
 
 def test_two_runs_of_one_video_are_not_mixed(
