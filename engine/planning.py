@@ -275,6 +275,7 @@ def _simulate(a: argparse.Namespace) -> int:
     ]
     outcomes = simulate(lines, visits, clock)
     figures = [watch.close() for watch in watches]
+    watches[0].check()
     if draw is not None:
         draw(of_line(lines[0]))
     if a.json:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from liverelay.engine.errors import MissingExtraError, OutputError
 from liverelay.engine.relay.messages import Done, Event, Finished
@@ -162,7 +162,7 @@ class Telemetry:
         )  # fmt: skip
 
     def close(self) -> LineFigures:
-        """End the files; the last line of JSON holds the figures of the line."""
+        """End the files; the last line of JSON holds the figures of the line. `check` tells what they lack."""
         figures = self.figures()
         with self._lock:
             if self._lines is not None:
@@ -171,8 +171,13 @@ class Telemetry:
             if self._trace is not None:
                 self._trace.write("\n]\n")
                 self._trace.close()
-            self._lines = self._trace = None
         return figures
+
+    def check(self) -> None:
+        """OutputError when a file could not be written to its end."""
+        for report in (self._lines, self._trace):
+            if report is not None and report.fault:
+                raise OutputError(report.fault)
 
 
 class GpuMeter:
@@ -247,6 +252,7 @@ def watched(engine: Engine, lines: Path | None, trace: Path | None, view: bool) 
             yield
     finally:
         print(table(watch.close()), file=sys.stderr)
+    watch.check()  # unless there is worse to tell
 
 
 def _live_view() -> Callable[[Callable[[], str]], contextlib.AbstractContextManager[Any]]:
@@ -257,13 +263,37 @@ def _live_view() -> Callable[[Callable[[], str]], contextlib.AbstractContextMana
     return lambda text: Live(get_renderable=text, refresh_per_second=VIEWS_PER_S)
 
 
-def _open(path: Path | None) -> IO[str] | None:
-    if path is None:
-        return None
-    try:
-        return path.open("w")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from None
+class _Report:
+    """A file that is written as the work goes on. When it cannot be written any more it ends, and the work goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.fault = path, ""
+        try:
+            self._file = path.open("w")
+        except OSError as error:
+            raise self._cannot(error) from None
+
+    def _cannot(self, error: OSError) -> OutputError:
+        return OutputError(f"cannot write {self._path}: {error.strerror}")
+
+    def write(self, text: str) -> None:
+        self._try(lambda: self._file.write(text))
+
+    def close(self) -> None:
+        self._try(self._file.flush)
+        with contextlib.suppress(OSError):  # told by then
+            self._file.close()
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            if not self.fault and not self._file.closed:
+                act()
+        except OSError as error:
+            self.fault = str(self._cannot(error))
+
+
+def _open(path: Path | None) -> _Report | None:
+    return None if path is None else _Report(path)
 
 
 def _ms(seconds: float) -> float:

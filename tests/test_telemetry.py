@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from liverelay.engine.errors import MissingExtraError, OutputError
+from liverelay.engine.config import StreamConfig
+from liverelay.engine.errors import InputError, MissingExtraError, OutputError
 from liverelay.engine.relay.messages import Done, Finished
 from liverelay.engine.relay.plan import parse_plan
 from liverelay.engine.telemetry import LAST_BLOCKS, GpuMeter, Telemetry, percentiles, table, watched
@@ -117,4 +118,26 @@ def test_what_cannot_be_written_or_shown_is_said(tmp_path: Path, monkeypatch: py
         Telemetry(PLAN, lines=tmp_path / "nowhere" / "lines")
     monkeypatch.setitem(sys.modules, "rich.live", None)
     with pytest.raises(MissingExtraError, match="rich is needed"), watched(None, None, None, True):  # type: ignore[arg-type]
+        pass
+
+
+@pytest.mark.parametrize("which", ["lines", "trace"])
+def test_a_full_disk_ends_the_file_and_not_the_line(which: str) -> None:
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("no /dev/full here")
+    watch = Telemetry(PLAN, **{which: Path("/dev/full")})  # type: ignore[arg-type]
+    relay(watch, 500)
+    assert watch.close().blocks == 500
+    relay(watch, 1)  # what comes later is not written
+    with pytest.raises(OutputError, match="cannot write /dev/full: No space"):
+        watch.check()
+
+
+def test_what_went_wrong_is_told_before_a_file_that_could_not_be_written() -> None:
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("no /dev/full here")
+    engine = types.SimpleNamespace(plan=PLAN, stream=StreamConfig(), observe=None)
+    with pytest.raises(InputError, match="the cause"), watched(engine, Path("/dev/full"), None, False):  # type: ignore[arg-type]
+        raise InputError("the cause")
+    with pytest.raises(OutputError, match="cannot write /dev/full"), watched(engine, Path("/dev/full"), None, False):  # type: ignore[arg-type]
         pass
