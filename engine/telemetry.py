@@ -257,10 +257,12 @@ def watched(engine: Engine, lines: Path | None, trace: Path | None, view: bool) 
 
 def _live_view() -> Callable[[Callable[[], str]], contextlib.AbstractContextManager[Any]]:
     try:
+        from rich.console import Console
         from rich.live import Live
     except ImportError:
         raise MissingExtraError("rich", "for the view in the terminal", "view") from None
-    return lambda text: Live(get_renderable=text, refresh_per_second=VIEWS_PER_S)
+    console = Console(stderr=True)  # where the figures are printed in the end, in place of the view
+    return lambda text: Live(get_renderable=text, console=console, refresh_per_second=VIEWS_PER_S, transient=True)
 
 
 class _Report:

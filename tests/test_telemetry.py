@@ -141,3 +141,12 @@ def test_what_went_wrong_is_told_before_a_file_that_could_not_be_written() -> No
         raise InputError("the cause")
     with pytest.raises(OutputError, match="cannot write /dev/full"), watched(engine, Path("/dev/full"), None, False):  # type: ignore[arg-type]
         pass
+
+
+def test_the_view_leaves_standard_output_to_the_result(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    engine = types.SimpleNamespace(plan=PLAN, stream=StreamConfig(), observe=None)
+    with watched(engine, None, None, True):  # type: ignore[arg-type]
+        engine.observe(Finished(1, 5, 0, None))
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("real time") == 1
