@@ -74,8 +74,9 @@ class Captured:
             return False
         if place.decoder is not None and (place.decoder.first or not stage.graphs.has(self._decode_key(block))):
             return False
-        keys = [*self._step_keys(block, place), "audio"] if place.arenas else []
-        return all(stage.graphs.has(key) for key in keys)
+        if not place.arenas:
+            return place.decoder is not None  # without both there is nothing that could have been captured
+        return all(stage.graphs.has(key) for key in (*self._step_keys(block, place), "audio"))
 
     def prepare(self, index: int, block: Block) -> Prepared:
         """A block that is ready, after all that came before it was prepared or done. index: the stage's."""
