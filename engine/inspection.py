@@ -17,6 +17,7 @@ from liverelay.engine.checkpoint import DIT_STEM, CheckpointFiles, find_checkpoi
 from liverelay.engine.config import DiTConfig, StreamConfig
 from liverelay.engine.errors import CheckpointError, InputError
 from liverelay.engine.models.audio import open_wav2vec2
+from liverelay.engine.models.log_mel import LogMel, is_log_mel
 from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.models.lora import MergedSource
 from liverelay.engine.models.sizes import (
@@ -151,6 +152,9 @@ def _tokenizer(files: CheckpointFiles) -> dict[str, tuple[int, ...]]:
 
 
 def _audio(files: CheckpointFiles) -> dict[str, tuple[int, ...]]:
+    if is_log_mel(files.audio):
+        LogMel.load(files.audio)
+        return {}
     wav2vec2 = open_wav2vec2(files.audio)
     return {name: wav2vec2.shapes[name] for name in wav2vec2.keys}
 

@@ -22,6 +22,7 @@ from liverelay.engine.devices import (
 from liverelay.engine.errors import CheckpointError, InputError
 from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
+from liverelay.engine.models.log_mel import load_encoder
 from liverelay.engine.models.vae import VAE
 from liverelay.engine.models.weights import is_quantized, open_pth
 from liverelay.kernels import dispatch
@@ -92,7 +93,7 @@ class Loader:
     def audio(self, device: str, config: DiTConfig) -> AudioEncoder:
         """The encoder of sound, which must fit the transformer."""
         self.say("loading the audio encoder")
-        audio = AudioEncoder.load(self.files.audio, device=device, dtype=self.dtype)
+        audio = load_encoder(self.files.audio, device=device, dtype=self.dtype)
         if (audio.num_states, audio.width) != (config.audio_states, config.audio_dim):
             raise CheckpointError(
                 f"{self.files.audio} gives {audio.num_states} states of width {audio.width}, "

@@ -28,7 +28,7 @@ LAYERS = (
     "relay.planner",
     "cache models.weights models.vae_layers models.workspace",
     "checkpoint models.layers models.audio models.text models.vae",
-    "models.dit models.audio_live",
+    "models.dit models.audio_live models.log_mel",
     "inspection snapshot relay.messages relay.handoff relay.graph",
     "relay.stage",
     "relay.loop relay.captured",

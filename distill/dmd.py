@@ -1,0 +1,130 @@
+"""Self-Forcing Distribution Matching Distillation: the causal student learns from its own rollouts.
+
+`python -m distill.dmd --data DIR --teacher DIR --student DIR --out DIR`. A rollout runs through the ring and
+sink of each step as the pipeline does it, up to a random step, whose prediction of the clean latents is the sample. The
+frozen teacher says in which direction real videos lie from it at some noise level, the fake score (a copy of the teacher
+that is trained on the student's samples all the while) where the student's lie; the student follows the difference.
+Sources: arXiv 2405.14867 (DMD2), 2506.08009 (Self-Forcing), 2512.04677 (history corruption, random sink distance).
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.data import Examples, Sequence
+from distill.flow import SCHEDULE, Flow, flow_loss, mixed, random_distances, rollout, shifted
+from distill.pretrain import BLOCKS, CORRUPTION, random_span, sequences
+from distill.run import Average, Run, load_average
+from distill.toon import DIT
+from distill.video_dit import Span, VideoDiT
+from liverelay.engine.models.sampler import TRAIN_STEPS
+
+EXITS = (0.3, 0.3, 0.35, 0.05)  # how often a rollout ends at a step; the last step changes next to nothing
+FAKE_STEPS = 4  # of the fake score for one of the student
+
+
+def sample(student: Flow, rng: np.random.Generator, given: Sequence, span: Span, *, train: bool) -> Tensor:
+    """The student's clean latents as predicted at a random step of a rollout; with gradients only at that step."""
+    step = int(rng.choice(4, p=EXITS))
+    count, blocks = span.distance.shape
+    spans = [replace(span, distance=random_distances(rng, count, blocks)) for _ in range(step + 1)]
+    noise = torch.randn_like(given.latents)
+    with torch.no_grad():
+        latents = rollout(student, noise, given.condition, spans, upto=step)
+    with torch.set_grad_enabled(train):
+        timestep = torch.full((count,), SCHEDULE.timesteps[step])
+        return latents - SCHEDULE.sigmas[step] * student(latents, timestep, given.condition, spans[-1])
+
+
+def whole(span: Span) -> Span:
+    """The sequence as teacher and fake score see it: one block."""
+    blocks = span.distance.shape[1]
+    return Span(span.start, span.distance[:, :1], frames=span.frames * blocks, ring=1)
+
+
+def matching_loss(clean: Tensor, teacher: Flow, fake: Flow, given: Sequence, span: Span, sigma: Tensor) -> Tensor:
+    """A loss whose gradient at `clean` is the difference of the two scores' predictions, in the scale of DMD2."""
+    with torch.no_grad():
+        noisy = mixed(clean, torch.randn_like(clean), sigma)
+        timestep, s = TRAIN_STEPS * sigma, sigma.view(-1, 1, 1, 1, 1)
+        real = noisy - s * teacher(noisy, timestep, given.condition, span)
+        ours = noisy - s * fake(noisy, timestep, given.condition, span)
+        scale = (clean - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp_min(1e-3)
+        target = clean - (ours - real) / scale
+    return 0.5 * (clean - target).square().mean()
+
+
+def train(
+    examples: Examples, out: Path, *, teacher_run: Path, student_run: Path, steps: int, minutes: float, batch: int,
+    rate: float, compiled: bool, seed: int, corruption: float = CORRUPTION,
+) -> None:
+    torch.manual_seed(seed)
+    teacher, fake, student = (VideoDiT(DIT) for _ in range(3))
+    teacher.load_state_dict(load_average(teacher_run))
+    fake.load_state_dict(teacher.state_dict())
+    student.load_state_dict(load_average(student_run))
+    teacher.requires_grad_(False)
+    optimisers = {
+        name: torch.optim.AdamW(model.parameters(), rate, betas=(0.0, 0.99), weight_decay=0.0)
+        for name, model in (("student", student), ("fake", fake))
+    }
+    average = Average(student, 0.99)
+    run = Run(out, minutes=minutes)
+    run.keep(
+        model=student, fake=fake, average=average, optimiser=optimisers["student"], fake_optimiser=optimisers["fake"]
+    )
+    flows = {
+        name: torch.compile(model, dynamic=False) if compiled else model
+        for name, model in (("teacher", teacher), ("fake", fake), ("student", student))
+    }
+    sums = {"matching": 0.0, "fake": 0.0}
+    for step in run.steps(steps):
+        rng = np.random.default_rng([seed, 2, step])
+        for turn in range(FAKE_STEPS + 1):
+            span = random_span(rng, batch, True, corruption)
+            given = sequences(examples, rng, batch, span)
+            name = "student" if turn == FAKE_STEPS else "fake"
+            sigma = shifted(torch.from_numpy(rng.uniform(0.02, 0.98, batch).astype(np.float32)))
+            with torch.autocast("cpu", torch.bfloat16):
+                clean = sample(flows["student"], rng, given, span, train=name == "student")
+                if name == "student":
+                    loss = matching_loss(clean, flows["teacher"], flows["fake"], given, whole(span), sigma)
+                else:
+                    loss = flow_loss(flows["fake"], clean, sigma, given.condition, whole(span))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_((student if name == "student" else fake).parameters(), 1.0)
+            optimisers[name].step()
+            optimisers[name].zero_grad()
+            sums["matching" if name == "student" else "fake"] += float(loss.detach())
+        average.update(student, step)
+        if step % 20 == 19:
+            run.log(matching=sums["matching"] / 20, fake=sums["fake"] / 20 / FAKE_STEPS)
+            sums = dict.fromkeys(sums, 0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("data", "teacher", "student", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rate", type=float, default=5e-5)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    train(
+        Examples.open(given.data), given.out, teacher_run=given.teacher, student_run=given.student,
+        steps=given.steps, minutes=given.minutes, batch=given.batch, rate=given.rate, compiled=not given.eager,
+        seed=given.seed,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

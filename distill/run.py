@@ -1,0 +1,97 @@
+"""A training run in a folder: goes on where it was, keeps a log, stops when its minutes are over.
+
+`state.pt` holds everything that training needs to go on; it is replaced as a whole, so an interrupt loses at most what
+came after the last save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Run:
+    """folder: where state and log lie; minutes: after which `steps` ends; save_every: seconds between saves."""
+
+    def __init__(self, folder: Path, *, minutes: float, save_every: float = 120.0) -> None:
+        self.folder, self._end, self._save_every = folder, time.monotonic() + 60 * minutes, save_every
+        self.step, self.seconds, self._saved = 0, 0.0, time.monotonic()
+        self._parts: dict[str, Any] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(self, **parts: Any) -> None:
+        """Objects with state_dict and load_state_dict that belong to the run; those of an earlier run are loaded."""
+        self._parts = parts
+        path = self.folder / "state.pt"
+        if path.exists():
+            state = torch.load(path, weights_only=True)
+            self.step, self.seconds = state.pop("step"), state.pop("seconds")
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+
+    def save(self) -> None:
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        part = self.folder / "state.part"
+        torch.save({**state, "step": self.step, "seconds": self.seconds}, part)
+        os.replace(part, self.folder / "state.pt")
+        self._saved = time.monotonic()
+
+    def steps(self, until: int) -> Iterator[int]:
+        """The numbers of the steps still to do; saves now and then and at the end."""
+        while self.step < until and time.monotonic() < self._end:
+            start = time.monotonic()
+            yield self.step
+            self.step += 1
+            self.seconds += time.monotonic() - start
+            if time.monotonic() - self._saved > self._save_every:
+                self.save()
+        self.save()
+
+    def log(self, **values: float | Tensor) -> None:
+        """A line of the log, also printed."""
+        line = {"step": self.step, "seconds": round(self.seconds, 1)}
+        line |= {name: float(f"{float(value):.5g}") for name, value in values.items()}
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)
+
+
+class Average(nn.Module):
+    """Running mean of a module's weights (EMA): what is shipped."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.names = [name for name, _ in model.named_parameters()]
+        for i, weight in enumerate(model.parameters()):
+            self.register_buffer(str(i), weight.detach().clone())
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.buffers()), list(model.parameters()), 1 - decay)
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, (buffer.clone() for buffer in self.buffers()), strict=True))
+
+
+def load_average(folder: Path) -> dict[str, Tensor]:
+    """The averaged weights of a run's folder, by the model's names."""
+    state = torch.load(folder / "state.pt", weights_only=True, mmap=True)
+    names = [name for name in state["model"]]
+    return {name: state["average"][str(i)].clone() for i, name in enumerate(names)}
+
+
+def cosine(step: int, total: int, *, warmup: int = 200, lowest: float = 0.05) -> float:
+    """Factor of the learning rate: rises over `warmup` steps, then falls along a cosine to `lowest`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    place = min(1.0, (step - warmup) / max(1, total - warmup))
+    return lowest + (1 - lowest) * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * place))))
