@@ -118,5 +118,6 @@ def mouth_track(sound: np.ndarray, frames: int) -> tuple[Curve, Curve]:
     open_vowel = 1 / (1 + np.exp(-(level(520, 1150) - level(100, 480) + 4) / 4))
     hiss = 1 / (1 + np.exp((level(3000, 8000) - voice - 3) / 2))
     opening = np.clip(loudness * (0.40 + 0.65 * open_vowel) * hiss, 0, 1)
-    spread = np.tanh((level(1600, 3400) - level(550, 1300) + 9) / 8) * np.clip(loudness * 3, 0, 1)
+    balance = np.tanh((level(1600, 3400) - level(550, 1300) + 7) / 8)
+    spread = balance * (1 - 0.5 * open_vowel) * np.clip(loudness * 3, 0, 1)
     return smoothed(opening, 0.15).astype(np.float32), smoothed(spread, 0.2).astype(np.float32)

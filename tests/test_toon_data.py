@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from distill import clips, espeak
+from distill.clips import VOCABULARY, clip
 from distill.identity import COLOURS, Identity
 from distill.measure import identity_features, mouth_opening
 from distill.motion import RATE, Motion, mouth_track, neutral, random_motion
 from distill.portrait import render, render_still
+from distill.sentences import GRAMMAR, sentence
+from distill.speech import EVALUATION_VOICES, TRAINING_VOICES, speech
 
 Numbers = np.random.Generator
 
@@ -145,3 +151,91 @@ def test_sound_of_another_length_is_padded_or_cut(numbers: Numbers, samples: int
     opening, spread = mouth_track(numbers.normal(0, 0.1, samples).astype(np.float32), 40)
     assert opening.shape == spread.shape == (40,) and opening.dtype == np.float32
     assert np.isfinite(opening).all() and np.isfinite(spread).all()
+
+
+@pytest.fixture(params=["espeak", "own synthesiser"])
+def voices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Speech with the optional voices, and as where their package is missing."""
+    if request.param == "espeak" and espeak.files() is None:
+        pytest.skip("espeakng_loader is not installed")
+    if request.param == "espeak":
+        monkeypatch.setattr("distill.speech.OWN_SHARE", 0.0)
+    else:
+        monkeypatch.setattr(espeak, "files", lambda: None)
+    return str(request.param)
+
+
+def test_speech_is_as_loud_as_it_should_be_with_silence_between(numbers: Numbers, voices: str) -> None:
+    for held_out in (False, True):
+        sound = speech(numbers, 8, held_out)
+        assert sound.shape == (8 * RATE,) and sound.dtype == np.float32 and np.abs(sound).max() < 1
+        level = 10 * np.log10((sound.reshape(-1, 640) ** 2).mean(1) + 1e-12)
+        assert -33 < np.percentile(level[level > level.max() - 25], 70) < -9
+        assert (level < -48).mean() > 0.02 and (level > level.max() - 25).mean() > 0.2
+        opening, spread = mouth_track(sound, 200)
+        assert opening.max() > 0.3 and opening[level < -50].max() < 0.5 and opening.std() > 0.08
+        assert spread.max() > 0.2 and spread.min() < -0.2
+
+
+def test_speech_depends_on_its_seed_alone(seed: int, voices: str) -> None:
+    first = speech(np.random.default_rng(seed), 3)
+    speech(np.random.default_rng(seed + 1), 2, held_out=True)
+    assert np.array_equal(first, speech(np.random.default_rng(seed), 3))
+    assert not np.array_equal(first, speech(np.random.default_rng(seed + 1), 3))
+
+
+def test_voices_and_templates_of_evaluation_are_not_those_of_training(numbers: Numbers) -> None:
+    assert not set(TRAINING_VOICES) & set(EVALUATION_VOICES)
+    for language, (words, training, evaluation) in GRAMMAR.items():
+        assert not set(training) & set(evaluation)
+        fresh, known = ({sentence(numbers, language, held) for _ in range(60)} for held in (True, False))
+        assert not fresh & known and not any("{" in text for text in fresh | known)
+        assert all(words.values())
+
+
+def test_every_voice_speaks(numbers: Numbers) -> None:
+    if espeak.files() is None:
+        pytest.skip("espeakng_loader is not installed")
+    for voice in (*TRAINING_VOICES, *EVALUATION_VOICES):
+        sound = espeak.say("One two three.", f"{numbers.choice(list(GRAMMAR))}+{voice}", 160, 50, 50)
+        assert len(sound) > 0.5 * RATE and np.sqrt((sound**2).mean()) > 0.01
+    with pytest.raises(RuntimeError, match="no voice"):
+        espeak.say("One.", "xx-nowhere", 160, 50, 50)
+
+
+def test_a_clip_depends_on_its_seed_alone(seed: int) -> None:
+    one, again, held_out = clip(seed, 20), clip(seed, 20), clip(seed, 20, held_out=True)
+    assert np.array_equal(one.frames_uint8, again.frames_uint8) and np.array_equal(one.sound, again.sound)
+    assert one.prompt == again.prompt and one.identity == again.identity
+    assert one.frames_uint8.shape == (20, 128, 128, 3) and one.still.shape == (128, 128, 3)
+    assert one.sound.shape == (20 * 640,) and one.motion.frames == 20
+    assert held_out.identity != one.identity and not np.array_equal(held_out.sound, one.sound)
+
+
+def test_prompts_name_what_the_video_shows_and_the_still_does_not(numbers: Numbers) -> None:
+    prompts = []
+    for _ in range(400):
+        person = Identity.random(numbers)
+        shown, prompt = clips.prompted(numbers, person)
+        words = prompt.split()
+        assert set(words) <= set(VOCABULARY) and shown.clothes != shown.background
+        changed = {new for old, new in ((person.clothes, shown.clothes), (person.background, shown.background))
+                   if old != new}
+        assert changed == set(words) & set(COLOURS)
+        assert replace(shown, clothes=person.clothes, background=person.background) == person
+        if {"wall", "background"} & set(words):
+            assert shown.background in words and person.background != shown.background
+        prompts.append(prompt)
+    assert 0.4 < prompts.count("") / 400 < 0.6 and len(set(prompts)) > 40
+
+
+def test_the_command_writes_a_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = pytest.importorskip("PIL.Image")
+    out = tmp_path / "sheet.png"
+    monkeypatch.setattr(sys, "argv", ["clips", "--out", str(out), "--count", "2", "--frames", "20"])
+    assert clips.main() == 0
+    assert image.open(out).size == (128 * 11 + 4, 2 * (128 + 58))
+    monkeypatch.setattr(sys, "argv", ["clips", "--out", str(tmp_path / "nowhere" / "sheet.png")])
+    with pytest.raises(SystemExit, match="does not exist"):
+        clips.main()
+    assert list(tmp_path.iterdir()) == [out]
