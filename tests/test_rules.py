@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("engine", "kernels", "bench", "samples", "tests")
+FOLDERS = ("engine", "kernels", "bench", "distill", "samples", "tests")
 FILE_LINES, FUNCTION_LINES, JIT_LINES, PARAMETERS, WINDOW = 400, 60, 150, 8, 15
 CORE = {"torch", "numpy", "safetensors", "triton", "liverelay", "__future__"} | sys.stdlib_module_names
 ENVIRONMENT = {"engine/config.py"}  # the only files that may read the environment
@@ -105,6 +105,8 @@ def foreign_imports(sources: Sources) -> Iterator[str]:
                 yield f"{path}: imports {target}; write liverelay.engine or liverelay.kernels"
             if path.startswith("kernels/") and target.startswith("liverelay.engine"):
                 yield f"{path}: kernels never import the engine"
+            if path.startswith(("engine/", "kernels/")) and first in ("bench", "distill"):
+                yield f"{path}: imports {target}, which is not installed"
         if path.startswith(("engine/", "kernels/")):
             for target in imports(tree, top=True):
                 if target.split(".")[0] not in CORE | {"engine", "kernels"}:
@@ -162,6 +164,7 @@ BROKEN: list[tuple[Rule, Sources]] = [
     (foreign_imports, {"engine/a.py": "from engine import cli"}),
     (foreign_imports, {"engine/a.py": "from .cli import main"}),
     (foreign_imports, {"engine/a.py": "import transformers"}),
+    (foreign_imports, {"engine/a.py": "def f():\n    from distill.portrait import render"}),
     (foreign_imports, {"engine/a.py": "try:\n    import av\nexcept ImportError:\n    av = None"}),
     (environment, {"engine/a.py": "import os\nx = os.environ['A']"}),
     (environment, {"kernels/a.py": "import os\nx = os.getenv('A')"}),
