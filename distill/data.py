@@ -21,7 +21,7 @@ from distill.clips import VOCABULARY, Clip, clip
 from distill.toon import BANDS, DIT, SIZE, VAE, text_encoder
 from distill.video_dit import Condition
 from distill.video_vae import VideoVAE
-from liverelay.engine.models.audio import SAMPLE_RATE, normalise
+from liverelay.engine.models.audio import normalise
 from liverelay.engine.models.audio_live import on_absolute_grid
 from liverelay.engine.models.geometry import MOTION_LATENTS
 from liverelay.engine.models.log_mel import LogMel

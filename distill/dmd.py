@@ -1,9 +1,10 @@
 """Self-Forcing Distribution Matching Distillation: the causal student learns from its own rollouts.
 
 `python -m distill.dmd --data DIR --teacher DIR --student DIR --out DIR`. A rollout runs through the ring and
-sink of each step as the pipeline does it, up to a random step, whose prediction of the clean latents is the sample. The
-frozen teacher says in which direction real videos lie from it at some noise level, the fake score (a copy of the teacher
-that is trained on the student's samples all the while) where the student's lie; the student follows the difference.
+sink of each step as the pipeline does it, up to a random step, whose prediction of the clean latents is the sample.
+The frozen teacher says in which direction real videos lie from it at some noise level, the fake score (a copy of the
+teacher that is trained on the student's samples all the while) where the student's lie; the student follows the
+difference.
 Sources: arXiv 2405.14867 (DMD2), 2506.08009 (Self-Forcing), 2512.04677 (history corruption, random sink distance).
 """
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from distill.data import Examples, Sequence
 from distill.flow import SCHEDULE, Flow, flow_loss, mixed, random_distances, rollout, shifted
-from distill.pretrain import BLOCKS, CORRUPTION, random_span, sequences
+from distill.pretrain import CORRUPTION, random_span, sequences
 from distill.run import Average, Run, load_average
 from distill.toon import DIT
 from distill.video_dit import Span, VideoDiT

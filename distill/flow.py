@@ -5,6 +5,7 @@ A latent at noise level s is (1 - s) * clean + s * noise, the flow is noise - cl
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -12,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from liverelay.engine.models.sampler import TRAIN_STEPS, make_schedule
-
 from distill.video_dit import Condition, Span, VideoDiT
+from liverelay.engine.models.sampler import TRAIN_STEPS, make_schedule
 
 SCHEDULE = make_schedule()
 FARTHEST = 60000  # latent frames: 9600 s of video
@@ -63,9 +63,8 @@ def rollout(
 
 def many_steps(model: Flow, noise: Tensor, condition: Condition, span: Span, steps: int) -> Tensor:
     """Euler steps of a teacher that was not distilled."""
-    sigmas = [*make_schedule(steps).sigmas]
     latents = noise
-    for high, low in zip(sigmas, sigmas[1:], strict=False):
+    for high, low in itertools.pairwise(make_schedule(steps).sigmas):
         timestep = torch.full((len(noise),), TRAIN_STEPS * high)
         latents = latents + (low - high) * model(latents, timestep, condition, span)
     return latents

@@ -1,8 +1,8 @@
 """Train the small VAE on rendered portraits: `python -m distill.train_vae --pixels DIR --out DIR`.
 
 An autoencoder rather than a VAE: the engine takes the mean alone, so what matters is that latents are small, smooth
-(noise is added to them while training) and, in the end, of zero mean and unit variance in every channel, which is folded
-into the two 1x1x1 convolutions around them.
+(noise is added to them while training) and, in the end, of zero mean and unit variance in every channel, which is
+folded into the two 1x1x1 convolutions around them.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def whiten(model: VideoVAE, pixels: np.ndarray, count: int = 100) -> None:
             codes.append(model.encode(video)[0, :, 1:].flatten(1))
     coded = torch.cat(codes, dim=1)
     shift, scale = coded.mean(1), coded.std(1)
-    mean, std = model.mean.flatten(), 1 / model.inverse_std.flatten()
+    mean, std = model.mean.flatten(), model.std.flatten()
     z, into, out = VAE.z_dim, model.conv1, model.conv2
     into.weight[:z] /= scale.view(-1, 1, 1, 1, 1)
     into.bias[:z] = (into.bias[:z] - mean - std * shift) / scale + mean

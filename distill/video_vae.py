@@ -137,18 +137,16 @@ class VideoVAE(nn.Module):
         self.config, z = config, config.z_dim
         self.encoder, self.decoder = Half(config, True), Half(config, False)
         self.conv1, self.conv2 = nn.Conv3d(2 * z, 2 * z, 1), nn.Conv3d(z, z, 1)
-        mean, std = torch.tensor(config.latent_mean).bfloat16(), torch.tensor(config.latent_std).bfloat16()
-        self.register_buffer("mean", mean.float().view(1, z, 1, 1, 1), persistent=False)
-        inverse = (1.0 / std).float().view(1, z, 1, 1, 1)  # the engine's constants hold bfloat16 values
-        self.register_buffer("inverse_std", inverse, persistent=False)
+        for name, values in (("mean", config.latent_mean), ("std", config.latent_std)):
+            self.register_buffer(name, torch.tensor(values).view(1, z, 1, 1, 1), persistent=False)
         for weight in self.parameters():
             if weight.dim() == 5:
                 weight.data = weight.data.contiguous(memory_format=Format)
 
     def encode(self, video: Tensor) -> Tensor:
         coded = self.conv1(self.encoder(video.contiguous(memory_format=Format))).float()
-        return (coded[:, : self.config.z_dim] - self.mean) * self.inverse_std
+        return (coded[:, : self.config.z_dim] - self.mean) / self.std
 
     def decode(self, latents: Tensor) -> Tensor:
-        x = self.conv2((latents / self.inverse_std + self.mean).contiguous(memory_format=Format))
+        x = self.conv2((latents * self.std + self.mean).contiguous(memory_format=Format))
         return self.decoder(x).float()

@@ -17,8 +17,8 @@ from liverelay.engine.checkpoint import DIT_STEM, CheckpointFiles, find_checkpoi
 from liverelay.engine.config import DiTConfig, StreamConfig
 from liverelay.engine.errors import CheckpointError, InputError
 from liverelay.engine.models.audio import open_wav2vec2
-from liverelay.engine.models.log_mel import LogMel, is_log_mel
 from liverelay.engine.models.geometry import Geometry
+from liverelay.engine.models.log_mel import LogMel, is_log_mel
 from liverelay.engine.models.lora import MergedSource
 from liverelay.engine.models.sizes import (
     arena_bytes,

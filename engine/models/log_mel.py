@@ -1,6 +1,7 @@
 """A light audio front end in the place of wav2vec2: one state of log-mel energies, 50 a second, on the same grid.
 
-A checkpoint chooses it by `{"model_type": "log_mel", "bands": 40}` in its audio folder's config.json. It has no weights.
+A checkpoint chooses it by `{"model_type": "log_mel", "bands": 40}` in the config.json of
+its audio folder. It has no weights.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class LogMel(AudioEncoder):
 
 
 def is_log_mel(folder: Path) -> bool:
-    """Whether an audio folder's config.json names this front end; what else is wrong with it is told by who loads it."""
+    """Whether an audio folder's config.json names this front end; its other faults are told on loading."""
     try:
         return _settings(folder).get("model_type") == "log_mel"
     except CheckpointError:
