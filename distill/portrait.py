@@ -104,7 +104,7 @@ class _Painter:
                     mix(who.lip, (1.0, 0.9, 0.88), 0.5), alpha=0.5, blur=0.8)
         line = both(y.abs() - 0.45, x.abs() - width)
         canvas.fill(line, drawing.closed_line(who), alpha=1 - smoothstep(opening, 0.02, 0.1))
-        inner = ellipse(x, y, width, half.clamp_min(0.3))
+        inner = both(ellipse(x, y, width, half.clamp_min(0.3)), x.abs() - width)
         canvas.fill(inner, MOUTH_INSIDE, alpha=(half / 0.5).clamp_max(1))
         teeth = both(inner + 0.4, y + half * 0.55)
         canvas.fill(both(teeth, x.abs() - width * 0.72), TEETH, alpha=smoothstep(opening, 0.15, 0.4))
@@ -117,9 +117,11 @@ class _Painter:
         x, y = u.abs() - who.eye_distance, v - EYE_V
         tilted = y + who.eye_tilt * x
         shut = now["blink"]
-        height = (who.eye_height * (1 - 0.96 * shut)).clamp_min(0.35)
-        lowered = tilted - who.eye_height * 0.35 * shut
-        eye = ellipse(x, lowered, who.eye_width, height)
+        across = (x / who.eye_width).abs().clamp_max(1.2)
+        lid = -who.eye_height * (1 - across**2.5) * (1 - 1.7 * shut)  # its height over the eye's middle
+        steep = who.eye_height / who.eye_width * 2.5 * across**1.5 * (1 - 1.7 * shut)
+        under = (lid - tilted) / (1 + steep * steep).sqrt()
+        eye = both(ellipse(x, tilted, who.eye_width, who.eye_height), under)
         canvas.fill(eye - 0.5, dark(who.skin, 0.3), alpha=0.6, blur=0.8)
         canvas.fill(eye, WHITE)
         side = u.sign()
@@ -130,8 +132,8 @@ class _Painter:
         canvas.fill(both(eye, iris + 0.7), who.iris)
         canvas.fill(both(eye, ellipse(gx, gy, radius * 0.55, radius * 0.55)), PUPIL)
         canvas.fill(both(eye, ellipse(gx + radius * 0.35, gy + radius * 0.4, radius * 0.3, radius * 0.3)), WHITE)
-        lash = (eye + 0.1).abs() - 0.7 - 0.25 * (x / who.eye_width).clamp(-1, 1)
-        canvas.fill(both(lash, lowered + 0.2 * height - 1.2 * shut), line)
+        thickness = 0.65 + 0.3 * (x / who.eye_width).clamp(-1, 1)
+        canvas.fill(both(under.abs() - thickness, x.abs() - who.eye_width - 0.4), line)
         bow = who.brow_curve * (x / 6) ** 2 - who.brow_tilt * x - 0.5
         brow = y - (BROW_V - EYE_V) + 2.6 * now["brow"] - bow - 1.0 * shut
         hair = dark(mix(who.hair, who.skin, 0.08), 0.3)
