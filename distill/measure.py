@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from distill.portrait import MOUTH_HEIGHT
+from distill.portrait import MOUTH_HEIGHT, ZOOM
 
 # Where a mouth can be, as shares of the picture: outside of it no pixel counts.
-MOUTH_BOX = (0.50, 0.80, 0.33, 0.67)  # top, bottom, left, right
+MOUTH_BOX = (0.54, 0.90, 0.30, 0.70)  # top, bottom, left, right
 # The height measured (in heights of a mouth at opening 1) for true openings: teeth and tongue take their part.
 MEASURED, TRUE = (0.0, 0.064, 0.165, 0.256, 0.341, 0.451, 0.54, 1.08), (0.0, 0.075, 0.25, 0.45, 0.65, 0.85, 1.0, 2.0)
 # Regions for mean colours, in the same shares: background left and right, hair, forehead, cheeks, clothes.
 REGIONS = {
-    "background left": (0.02, 0.25, 0.01, 0.12), "background right": (0.02, 0.25, 0.88, 0.99),
-    "hair": (0.17, 0.27, 0.40, 0.60), "forehead": (0.31, 0.36, 0.44, 0.56), "left cheek": (0.54, 0.60, 0.35, 0.42),
-    "right cheek": (0.54, 0.60, 0.58, 0.65), "clothes left": (0.92, 1.0, 0.20, 0.32),
-    "clothes right": (0.92, 1.0, 0.68, 0.80), "collar": (0.86, 0.99, 0.44, 0.56),
+    "background left": (0.02, 0.25, 0.01, 0.10), "background right": (0.02, 0.25, 0.90, 0.99),
+    "hair": (0.15, 0.26, 0.38, 0.62), "forehead": (0.31, 0.37, 0.43, 0.57), "left cheek": (0.59, 0.66, 0.32, 0.40),
+    "right cheek": (0.59, 0.66, 0.60, 0.68), "clothes left": (0.94, 1.0, 0.30, 0.38),
+    "clothes right": (0.94, 1.0, 0.62, 0.70), "collar": (0.92, 1.0, 0.44, 0.56),
 }
 
 
@@ -36,7 +36,7 @@ def mouth_opening(frames: np.ndarray) -> np.ndarray:
     part = region(frames, MOUTH_BOX).astype(np.float32) / 255
     red, green, blue = part[..., 0], part[..., 1], part[..., 2]
     inside = np.clip(2.1 * (red - green) + 2.9 * (blue - green) - 7.7 * green, 0, 1)
-    columns = inside.sum(1) * (128 / frames.shape[1])
+    columns = inside.sum(1) * (128 / ZOOM / frames.shape[1])
     cubes = columns**3
     height = (cubes * columns).sum(-1) / (cubes.sum(-1) + 1e-3)
     return np.interp(height / MOUTH_HEIGHT, MEASURED, TRUE).astype(np.float32)
@@ -51,7 +51,7 @@ def identity_features(frames: np.ndarray) -> np.ndarray:
     colours = [region(frames, box).mean((1, 2), dtype=np.float32) / 255 for box in REGIONS.values()]
     sides = np.stack(colours[:2], 1)[:, None, None].astype(np.float32)  # [T, 1, 1, 2, 3]
     sizes = []
-    for box in ((0.42, 0.52, 0.02, 0.98), (0.02, 0.7, 0.46, 0.54), (0.68, 0.76, 0.1, 0.9)):
+    for box in ((0.44, 0.56, 0.02, 0.98), (0.02, 0.78, 0.45, 0.55), (0.76, 0.85, 0.02, 0.98)):
         part = region(frames, box).astype(np.float32)[..., None, :] / 255
         apart = np.sqrt(((part - sides) ** 2).sum(-1)).min(-1)
         sizes.append(np.clip((apart - 0.08) / 0.12, 0, 1).mean((1, 2)))

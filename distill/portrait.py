@@ -25,6 +25,7 @@ TEETH, TONGUE = rgb(0xF4F0EA), rgb(0xD0566C)
 WHITE, PUPIL = rgb(0xFBFBF8), rgb(0x16131A)
 TURN, JAW = 5.0, 3.0  # points: features at yaw or pitch 1, the chin at opening 1
 PIVOT = 30.0  # the head rolls around the neck
+ZOOM, TOP = 1.2, 0.3  # the head fills the picture; of what is cut off above and below, this part lies above
 BATCH = 8  # frames that are painted together; their planes stay in the cache
 
 
@@ -32,11 +33,13 @@ def render(identity: Identity, motion: Motion, size: int = 128) -> np.ndarray:
     """uint8 [T, size, size, 3]."""
     if not 64 <= size <= 512:
         raise ValueError(f"size is {size}; portraits are made with 64 to 512 pixels")
-    painter = _Painter(identity, size)
+    whole = round(size * ZOOM)
+    top, left = round((whole - size) * TOP), (whole - size) // 2
+    painter = _Painter(identity, whole)
     frames = np.empty((motion.frames, size, size, 3), np.uint8)
     with torch.inference_mode():
         for start in range(0, motion.frames, BATCH):
-            pixels = painter.paint(motion[start : start + BATCH])
+            pixels = painter.paint(motion[start : start + BATCH])[:, :, top : top + size, left : left + size]
             frames[start : start + BATCH] = (pixels * 255 + 0.5).clamp_(0, 255).byte().permute(0, 2, 3, 1).numpy()
     return frames
 
