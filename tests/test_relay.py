@@ -27,7 +27,7 @@ from liverelay.engine.relay.plan import parse_plan
 from liverelay.engine.relay.stage import LineSpec, Stage
 from tests.rollout_twin import Wanted, random_block, rollout
 
-PLANS = ["0+1+2+3+vae", "0+1,2+3+vae", "0+1,2+3,vae", "0,1,2,3,vae"]
+PLANS = ["0+1+2+3+vae", "0+1,2+3+vae", "0+1,2+3,vae", "0,1,2,3,vae", "0,1,2,3,vae1,vae2", "0+1,2+3+vae1,vae2"]
 Parts = tuple[Engine, LineSpec]
 KINDS = {"native": native_loop.NativeStageLoop, "python": loop.StageLoop}
 kind = "native"  # of the lines that `make_line` makes
@@ -44,7 +44,7 @@ def parts(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Parts]:
     engine = Engine.load(checkpoint, device="cpu", dtype=torch.float32, stream=StreamConfig())
     config, geometry = engine.dit.config, Geometry(8, 8, engine.dit.config.head_dim)
     audio = (1, config.audio_states, config.audio_dim, engine.stream.block_frames)
-    yield engine, LineSpec.make(geometry, engine.stream, audio)
+    yield engine, LineSpec.make(geometry, engine.stream, audio, vae=engine.vae.config)
     torch.set_num_threads(before)
 
 
@@ -120,10 +120,16 @@ def test_a_place_is_used_again_and_holds_nothing_of_the_session_before(parts: Pa
     line.close()
 
 
-@pytest.mark.parametrize("cut", [1, 4, 7])
-def test_a_saved_session_goes_on_under_another_plan(parts: Parts, rng: torch.Generator, cut: int) -> None:
+@pytest.mark.parametrize(
+    ("cut", "here", "there"),
+    [(1, "0,1+2,3+vae", "0+1+2,3,vae"), (4, "0,1+2,3+vae", "0+1+2,3,vae"), (7, "0,1+2,3+vae", "0+1+2,3,vae"),
+     (3, "0+1,2+3+vae1,vae2", "0+1+2+3+vae"), (5, "0+1,2+3,vae", "0,1+2+3,vae1,vae2")],
+)  # fmt: skip
+def test_a_saved_session_goes_on_under_another_plan(
+    parts: Parts, rng: torch.Generator, cut: int, here: str, there: str
+) -> None:
     given, blocks = session(parts, rng, 9)
-    line = make_line(parts, "0,1+2,3+vae")
+    line = make_line(parts, here)
     serial = line.open(given)
     before = videos(line, serial, blocks[:cut])
     saved = line.save(serial).result(timeout=60)
@@ -132,7 +138,7 @@ def test_a_saved_session_goes_on_under_another_plan(parts: Parts, rng: torch.Gen
     tensors = {name: tensor for part in saved.values() for name, tensor in part.tensors.items()}
     numbers = {name: number for part in saved.values() for name, number in part.numbers.items()}
     assert reference is not None
-    other = make_line(parts, "0+1+2,3,vae")
+    other = make_line(parts, there)
     serial = other.open(given, state=(tensors | {"new_reference": reference}, numbers))
     after = videos(other, serial, blocks[cut:], cut)
     other.close()

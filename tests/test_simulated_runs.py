@@ -52,10 +52,10 @@ class Pretender(Stage):
         self.shadow_of = number
 
     def denoise(self, number: int, block: Block, on_step: Any = None) -> None:
-        time.sleep(1e-3 * self.times.block_ms(StagePlan(self.plan.steps, False, ""), block.block))
+        time.sleep(1e-3 * self.times.block_ms(StagePlan(self.plan.steps, "", ""), block.block))
 
     def decode(self, number: int, block: int) -> torch.Tensor:
-        time.sleep(1e-3 * self.times.vae_ms)
+        time.sleep(1e-3 * self.times.vae_ms * self.plan.vae_share)
         return torch.zeros(1, 1, 1, 3, dtype=torch.uint8)
 
 

@@ -43,7 +43,7 @@ def model(request: pytest.FixtureRequest, device: torch.device) -> Iterator[Mode
 
 @pytest.fixture
 def stage(model: Model) -> Stage:
-    return model.stage(StagePlan(ALL, True, str(model.device)))
+    return model.stage(StagePlan(ALL, "vae", str(model.device)))
 
 
 def work(model: Model, stage: Stage, first: int, end: int) -> Iterator[torch.Tensor]:
@@ -138,7 +138,7 @@ def test_a_whole_line_does_not_allocate_and_nccl_changes_nothing(model: Model) -
 
 
 def test_a_gpu_without_its_number_is_the_current_one(model: Model) -> None:
-    stage = model.stage(StagePlan(ALL, True, "cuda"))
+    stage = model.stage(StagePlan(ALL, "vae", "cuda"))
     line = local_pipeline(Plan((stage.plan,)), model.spec, [stage])
     serial = line.open(model.given)
     frames = line.request(serial, 0, model.sound[0], model.distances[0]).result(timeout=120)
