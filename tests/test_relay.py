@@ -20,10 +20,12 @@ from liverelay.engine.config import StreamConfig
 from liverelay.engine.engine import Engine
 from liverelay.engine.errors import InputError, LiveRelayError
 from liverelay.engine.models.geometry import Geometry
+from liverelay.engine.models.vae import VAE
+from liverelay.engine.models.weights import open_pth
 from liverelay.engine.relay import loop, native_loop
 from liverelay.engine.relay.messages import Block, Clean, Done, Event, Tensors
 from liverelay.engine.relay.pipeline import Pipeline, local_pipeline
-from liverelay.engine.relay.plan import parse_plan
+from liverelay.engine.relay.plan import StagePlan, parse_plan
 from liverelay.engine.relay.stage import LineSpec, Stage
 from tests.rollout_twin import Wanted, random_block, rollout
 
@@ -93,6 +95,25 @@ def test_every_plan_equals_the_sequential_rollout(parts: Parts, plan: str, rng: 
     got = videos(line, line.open(given), blocks)
     line.close()
     assert equal(got, expected(parts, given, blocks))
+
+
+def test_pieces_of_a_vae_hand_over_all_that_they_compute(parts: Parts, rng: torch.Generator) -> None:
+    engine, spec = parts
+    vae = VAE.load(open_pth(engine.loader.files.vae), dtype=torch.bfloat16)  # rounds less on a CPU than a handoff would
+    whole, first, second = (
+        Stage(StagePlan((), piece, "cpu"), spec, None, vae, torch.bfloat16) for piece in ("vae", "vae1", "vae2")
+    )
+    given, blocks = session(parts, rng, 3)
+    for stage in (whole, first, second):
+        stage.open(0, given)
+    for number, block in enumerate(blocks):
+        for stage in (whole, first):
+            stage.parcel.fill({"latent": block.noise})
+        video = whole.decode(0, number)
+        assert first.decode(0, number) is None
+        second.parcel.fill(first.outgoing.parts)
+        got = second.decode(0, number)
+        assert video is not None and got is not None and torch.equal(got, video)
 
 
 def test_sessions_on_one_line_do_not_mix(parts: Parts, rng: torch.Generator) -> None:
