@@ -59,7 +59,7 @@ def step_through(model: Model, stage: Stage, blocks: int) -> list[Tensor]:
 
 def measure_stage(model: Model, seconds: float) -> dict[str, Any]:
     """A stage of one step, eager and captured."""
-    stage, result = model.stage(StagePlan((0,), False, str(model.device))), dict[str, Any]()
+    stage, result = model.stage(StagePlan((0,), "", str(model.device))), dict[str, Any]()
     stage.graphs.enabled = False
     eager = step_through(model, stage, CHECKED)
     command = model.command(0, CHECKED)

@@ -47,7 +47,9 @@ class Model:
             decoder = make_checkpoint._vae_weights(sizes, torch.Generator(device).manual_seed(0))
         self.vae = VAE.load(decoder, device=device, dtype=self.dtype)
         audio = (1, config.audio_states, config.audio_dim, self.stream.block_frames)
-        self.spec = LineSpec.make(self.geometry, self.stream, audio, channels=config.in_channels)
+        self.spec = LineSpec.make(
+            self.geometry, self.stream, audio, channels=config.in_channels, vae=self.vae.config
+        )
         rng = torch.Generator().manual_seed(0)
         self.given = {"text": torch.randn(config.text_len, config.text_dim, generator=rng)}
         self.given |= {name: torch.randn(16, n, *size, generator=rng) for name, n in (("reference", 1), ("motion", 19))}

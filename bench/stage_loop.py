@@ -38,7 +38,8 @@ class FixedStage:
     def __init__(self, seconds: float) -> None:
         self.seconds, self.device, self.parcel = seconds, CPU, Parcel(SHAPES, CPU, torch.bfloat16)
         self.places: dict[int, Any] = {}
-        self.plan, self.last_step = SimpleNamespace(name="fixed", decode=False), False
+        self.outgoing, self.last_step = self.parcel, False
+        self.plan = SimpleNamespace(name="fixed", decode="", makes_video=False)
 
     def denoise(self, *_: object) -> None:
         time.sleep(self.seconds)

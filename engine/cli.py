@@ -263,7 +263,9 @@ def _add_line(p: argparse.ArgumentParser, default: str, threads: int | None = No
         "--device", "--devices", dest="device", metavar="NAMES",
         help=f"cpu, cuda or cuda:N; several with commas between them are a line of stages ({default})",
     )
-    p.add_argument("--plan", metavar="STAGES", help="what each device does, as in 0+1,2+3,vae (balanced)")
+    p.add_argument(
+        "--plan", metavar="STAGES", help="what each device does, as in 0+1,2+3,vae or 0,1,2,3,vae1,vae2 (balanced)"
+    )
     p.add_argument(
         "--transport", choices=("auto", "local", "gloo", "nccl"), default="auto",
         help="between the processes of torchrun: nccl on GPUs, gloo on CPUs (auto)",

@@ -51,16 +51,17 @@ class Engine:
     """
 
     def __init__(
-        self, loader: Loader, plan: Plan, dits: Mapping[str, DiT], vae: VAE, audio: AudioEncoder, stream: StreamConfig
+        self, loader: Loader, plan: Plan, dits: Mapping[str, DiT], vaes: Mapping[str, VAE], audio: AudioEncoder,
+        stream: StreamConfig,
     ) -> None:
-        self.loader, self.plan, self.vae, self.audio, self.stream = loader, plan, vae, audio, stream
-        self.dit = dits[plan.stages[0].device]
+        self.loader, self.plan, self.audio, self.stream = loader, plan, audio, stream
+        self.dit, self.vae = dits[plan.stages[0].device], list(vaes.values())[-1]
         self.lock = threading.RLock()
         self.sessions = SESSIONS
         self.admit_by_rate = False
         self.observe: Observer | None = None
         self.leader: Leader | None = None  # where the other stages are processes of their own
-        self._dits = dits
+        self._dits, self._vaes = dits, vaes
         self._lines: dict[Geometry, Pipeline] = {}
         self._stages: dict[Geometry, StageSet] = {}  # those without a line, for `open_steps`
         self._texts: dict[str, Tensor] = {}
@@ -99,8 +100,9 @@ class Engine:
         stages = plan.stages if own is None else plan.stages[own : own + 1]
         dits = {device: loader.dit(device) for device in dict.fromkeys(s.device for s in stages if s.steps)}
         first = stages[0].device
-        vae = loader.vae(stages[-1].device)
-        return cls(loader, plan, dits, vae, loader.audio(first, dits[first].config), stream)
+        decoding = [stage.device for stage in stages if stage.decode]  # and the last one encodes pictures
+        vaes = {device: loader.vae(device) for device in dict.fromkeys([*decoding, stages[-1].device])}
+        return cls(loader, plan, dits, vaes, loader.audio(first, dits[first].config), stream)
 
     def open(
         self,
@@ -218,14 +220,15 @@ class Engine:
 
     def _spec(self, geometry: Geometry) -> LineSpec:
         config, stream = self.dit.config, self.stream
-        return LineSpec.make(geometry, stream, audio_shape(config, stream), channels=config.in_channels)
+        shape = audio_shape(config, stream)
+        return LineSpec.make(geometry, stream, shape, channels=config.in_channels, vae=self.vae.config)
 
     def _make_stages(self, geometry: Geometry) -> list[Stage]:
         """All stages, in this process."""
         if self.leader is not None:
             raise InputError("the stages are in other processes; start the engine in one")
-        spec, dits = self._spec(geometry), self._dits
-        return [Stage(part, spec, dits.get(part.device), self.vae, self.loader.dtype) for part in self.plan.stages]
+        spec, dits, vaes, dtype = self._spec(geometry), self._dits, self._vaes, self.loader.dtype
+        return [Stage(part, spec, dits.get(part.device), vaes.get(part.device), dtype) for part in self.plan.stages]
 
     def _make_line(self, geometry: Geometry) -> Pipeline:
         spec, plan = self._spec(geometry), self.plan

@@ -60,7 +60,7 @@ def _add_common(p: argparse.ArgumentParser) -> None:
     p.add_argument("--gpus", type=positive(int, "GPUs"), metavar="N", help="how many (those of this machine)")
     p.add_argument("--size", type=size, default=(704, 384), metavar="WxH", help="video size in pixels (704x384)")
     add_fp8(p)
-    p.add_argument("--plan", metavar="STAGES", help="this one, as in 0+1,2+3,vae, instead of the best")
+    p.add_argument("--plan", metavar="STAGES", help="this one, as in 0,1,2,3,vae or 0,1,2,3,vae1,vae2 (the best)")
     p.add_argument("--memory", type=positive(float, "GiB"), metavar="GIB", help="of each GPU (this machine's, or 79.2)")
     p.add_argument(
         "--times", type=Path, metavar="FILE.json",
@@ -88,7 +88,7 @@ def _machine(a: argparse.Namespace, handoff_bytes: int, *, nodes: int = 1, hando
     if count > MOST_GPUS or nodes > count:
         raise InputError(f"{count} GPUs on {nodes} nodes cannot be planned; at most {MOST_GPUS}, one or more on a node")
     if found is not None and count <= len(found.devices):
-        machine = found.pick(count, handoff_bytes)
+        machine = found.pick([handoff_bytes] * (count - 1))
     else:
         given = None if handoff_ms is None else Link("given", handoff_ms, float("inf"))
         inner = given if given is not None and nodes == 1 else NVLINK
@@ -186,24 +186,27 @@ def _notes(a: argparse.Namespace, forecast: Forecast, machine: Machine) -> list[
     links = dict.fromkeys(link.name for link in forecast.machine.handoffs)
     if links:
         notes.append(f"handoffs over {', '.join(links)}, at most {max(forecast.handoffs_ms):.2f} ms (estimate)")
-    return notes + _unused(forecast, len(machine.devices))
+    return notes + _unused(forecast, len(machine.devices), given=a.plan is not None)
 
 
-def _unused(forecast: Forecast, devices: int) -> list[str]:
+def _unused(forecast: Forecast, devices: int, *, given: bool) -> list[str]:
     """Why some devices have nothing to do."""
     used, times = len(forecast.plan.stages), forecast.times
     if devices == used:
         return []
     free = f"{devices - used} of {devices} devices stay free"
+    if given:
+        return [f"{free}: the plan was given"]
     if used <= len(times.step_ms):
         return [f"{free}: one more would not make the slowest stage faster"]
-    slowest = max(forecast.stage_ms)
-    if times.vae_ms < slowest:
-        why = f"a split of the VAE would not help, because a step takes longer ({slowest:.0f} > {times.vae_ms:.0f} ms)"
+    step = max(times.step_ms)
+    if forecast.plan.split:
+        why = f"{used} stages are all there are"
+    elif times.vae_ms <= step:
+        why = f"a split of the VAE would not help, because a step takes longer ({step:.0f} > {times.vae_ms:.0f} ms)"
     else:
-        halved = 1e3 / max(times.vae_ms / 2, *times.step_ms) * 12
-        why = f"a VAE split in two would make {halved:.1f} FPS at most, but the engine cannot split it yet"
-    return [f"{free}: {used} stages are all there are, and {why}; another line is a process of its own"]
+        why = "a split of the VAE does not fit"
+    return [f"{free}: {why}; another line is a process of its own"]
 
 
 def _commands(forecast: Forecast) -> list[str]:

@@ -159,10 +159,12 @@ class SteppedSession(Stream):
         self._expect(job, "committed")
         if job.number != self._decoded:
             raise LiveRelayError(f"block {job.number} cannot be decoded: block {self._decoded} comes next")
-        last = self._set.stages[-1]
+        parts, video = job.parcel.parts, None
         with self._set.lock:
-            last.parcel.fill(job.parcel.parts)
-            video = last.decode(self._open_place(), job.number)
+            for stage in self._set.stages:
+                if stage.plan.decode:
+                    stage.parcel.fill(parts)
+                    video, parts = stage.decode(self._open_place(), job.number), stage.outgoing.parts
             assert video is not None
             frames = video.cpu().numpy().copy()
         self._decoded, job.state = self._decoded + 1, "decoded"

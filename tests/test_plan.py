@@ -10,7 +10,10 @@ from liverelay.engine.errors import InputError
 from liverelay.engine.relay.plan import Plan, StagePlan, balanced_plan, parse_plan
 
 
-@pytest.mark.parametrize("text", ["0+1+2+3+vae", "0,1,2,3,vae", "0+1,2+3,vae", "0+1+2,3+vae"])
+@pytest.mark.parametrize(
+    "text",
+    ["0+1+2+3+vae", "0,1,2,3,vae", "0+1,2+3,vae", "0+1+2,3+vae", "0,1,2,3,vae1,vae2", "0+1,2+3+vae1,vae2"],
+)
 def test_a_plan_is_read_and_written(text: str) -> None:
     devices = [f"cuda:{n}" for n in range(text.count(",") + 1)]
     plan = parse_plan(text, devices)
@@ -25,25 +28,36 @@ def test_what_is_no_plan_is_refused(text: str) -> None:
         parse_plan(text, ["cpu"] * (text.count(",") + 1))
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["0+1,2+3,vae2", "0+1,2+3+vae1", "0+1,2+3,vae2,vae1", "0+1,2+vae1,3+vae2", "vae1,0+1,vae2", "0+1,vae,vae1,vae2",
+     "0+1,vae1,vae1,vae2", "0+1,vae1+vae2", "0+1,vae3"],
+)  # fmt: skip
+def test_the_pieces_of_a_vae_are_neighbours_in_order(text: str) -> None:
+    with pytest.raises(InputError, match=r"vae1(,| and )vae2") as refused:
+        parse_plan(text, ["cpu"] * (text.count(",") + 1))
+    assert "\n" not in str(refused.value)
+
+
 def test_a_stage_for_each_device_is_wanted() -> None:
     with pytest.raises(InputError, match="2 stages for 3 devices"):
         parse_plan("0+1,2+3+vae", ["cpu"] * 3)
     with pytest.raises(InputError, match="in order"):
-        Plan((StagePlan((1,), True, "cpu"),))
+        Plan((StagePlan((1,), "vae", "cpu"),))
 
 
 @pytest.mark.parametrize(
     ("count", "share", "text"),
     [
         (1, 0.5, "0+1+2+3+vae"), (2, 0.5, "0+1,2+3+vae"), (3, 0.5, "0,1+2,3+vae"), (5, 0.5, "0,1,2,3,vae"),
-        (4, 0.0, "0,1,2,3+vae"), (7, 0.5, "0,1,2,3,vae"), (2, 3.0, "0+1+2+3,vae"),
+        (4, 0.0, "0,1,2,3+vae"), (7, 0.5, "0,1,2,3,vae"), (2, 3.0, "0+1+2+3,vae"), (5, 3.0, "0+1,2+3,vae1,vae2"),
     ],
 )  # fmt: skip
 def test_the_slowest_stage_is_as_fast_as_can_be(count: int, share: float, text: str) -> None:
     plan = balanced_plan([str(n) for n in range(count)], 4, share)
-    slowest = max(len(stage.steps) + share * stage.decode for stage in plan.stages)
+    slowest = max(len(stage.steps) + share * stage.vae_share for stage in plan.stages)
     expected = parse_plan(text, [str(n) for n in range(text.count(",") + 1)])
-    assert slowest == max(len(stage.steps) + share * stage.decode for stage in expected.stages)
+    assert slowest == max(len(stage.steps) + share * stage.vae_share for stage in expected.stages)
     assert len(plan.stages) == len(expected.stages)
 
 

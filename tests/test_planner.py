@@ -17,11 +17,17 @@ import pytest
 
 from liverelay.engine.cli import main
 from liverelay.engine.errors import InputError
-from liverelay.engine.models.sizes import PUBLISHED, block_step_flops, decode_flops, prefill_flops
-from liverelay.engine.models.vae_config import VAEConfig
+from liverelay.engine.models.sizes import (
+    PUBLISHED,
+    block_step_flops,
+    decode_flops,
+    decode_step_flops,
+    prefill_flops,
+)
+from liverelay.engine.models.vae_config import CUT, FIRST, PIECES, SECOND, VAEConfig
 from liverelay.engine.relay import times as module
 from liverelay.engine.relay.links import GIB, NVLINK, PCIE, SYSTEM, Machine, look
-from liverelay.engine.relay.plan import parse_plan
+from liverelay.engine.relay.plan import balanced_plan, parse_plan
 from liverelay.engine.relay.planner import Task, best_plan, forecasts, stage_memory, total
 from liverelay.engine.relay.times import (
     ESTIMATE,
@@ -112,6 +118,41 @@ def test_plans_of_the_published_line() -> None:
     assert plans == ["0+1+2+3+vae", "0+1,2+3+vae", "0,1+2,3+vae", "0,1,2,3+vae", "0,1,2,3,vae", "0,1,2,3,vae"]
 
 
+@pytest.mark.parametrize(
+    ("count", "vae_ms", "plan"),
+    [(7, 150.0, "0,1,2,3,vae1,vae2"), (6, 150.0, "0,1,2,3,vae1,vae2"), (5, 150.0, "0,1,2,3,vae"),
+     (6, 100.0, "0,1,2,3,vae"), (4, 350.0, "0+1,2+3,vae1,vae2")],
+)  # fmt: skip
+def test_a_vae_that_is_slowest_is_split_where_that_helps(count: int, vae_ms: float, plan: str) -> None:
+    times = StageTimes((100.0,) * 4, vae_ms, prime_ms=200.0, states={"vae_ms": MEASURED})
+    best = best_plan(h100s(count), Task(fp8="all"), lambda task: times)
+    assert str(best.plan) == plan
+    assert str(balanced_plan(best.plan.devices, 4, vae_ms / 100)) == plan
+    if best.plan.split:
+        (first, second), stages = best.stage_ms[-2:], best.plan.stages[-2:]
+        assert first + second == pytest.approx(vae_ms) and max(first, second) < 0.52 * vae_ms
+        assert [times.state(stage) for stage in stages] == [ESTIMATE] * 2
+        assert times.open_ms(stages[1]) == 200 and 0 < times.open_ms(stages[0]) < 100
+        assert best.handoffs_ms[-1] > best.handoffs_ms[-2]
+
+
+def test_the_cut_of_the_vae_is_where_the_larger_piece_is_smallest() -> None:
+    for size in ((704, 384), (1280, 704), (256, 256)):
+        flops = decode_step_flops(VAEConfig(), geometry_of(size))
+        first = [sum(flops[: cut + 1]) / sum(flops) for cut in range(len(flops))]
+        assert min(range(len(flops)), key=lambda cut: max(first[cut], 1 - first[cut])) == CUT
+        assert (PIECES[FIRST], PIECES[SECOND]) == pytest.approx((first[CUT], 1 - first[CUT]), abs=0.01)
+
+
+def test_a_slow_link_is_not_between_the_pieces_of_the_vae() -> None:
+    count, task = 6, Task()
+    links = [[SYSTEM if {i, j} == {4, 5} else PCIE for j in range(count)] for i in range(count)]
+    machine = Machine(h100s(count).devices, tuple(map(tuple, links)))
+    found = best_plan(machine, task, bundled, "0,1,2,3,vae1,vae2")
+    assert found.machine.handoffs[-1] == PCIE and found.handoffs_ms[-1] == PCIE.handoff_ms(task.features_bytes)
+    assert task.features_bytes == 2 * 3 * 4 * 192 * 192 * 352
+
+
 def test_memory_grows_by_the_same_for_every_session_and_places_are_what_fits() -> None:
     for forecast in forecasts(h100s(3), Task(), bundled_times()):
         def needed(n: int, forecast: Any = forecast) -> float:
@@ -164,7 +205,7 @@ def test_the_order_keeps_handoffs_on_the_fastest_links(seed: int) -> None:
             sum(links[a][b].handoff_ms(size) for a, b in pairwise(order))
             for order in permutations(range(count), wanted)
         )
-        picked = machine.pick(wanted, size)
+        picked = machine.pick([size] * (wanted - 1))
         assert len({device.name for device in picked.devices}) == wanted
         assert sum(link.handoff_ms(size) for link in picked.handoffs) == pytest.approx(least)
 
@@ -255,11 +296,10 @@ def test_a_plan_that_does_not_fit_says_what_is_too_large(capsys: pytest.CaptureF
 def test_given_times_are_used_and_scaled_to_the_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "times.json"
     file.write_text(json.dumps({"step_ms": [50, 60, 70, 80], "vae_ms": 100, "encode_ms": 500}))
-    assert main(["plan", "--gpus", "6", "--fp8", "--times", str(file), "--json"]) == 0
+    assert main(["plan", "--gpus", "5", "--fp8", "--times", str(file), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [stage["ms"] for stage in found["stages"]] == [50, 60, 70, 80, 100]
     assert {stage["state"] for stage in found["stages"]} == {GIVEN} and found["fps"] == pytest.approx(120)
-    assert any("the engine cannot split it yet" in note and "150.0 FPS" in note for note in found["notes"])
     opening = found["times"]["prefill_ms"] + sum([50, 60, 70, 80, 100]) + sum(found["handoffs_ms"]) + 500
     assert found["first_frame_after_opening_s"] == pytest.approx(1e-3 * opening)
 
@@ -268,6 +308,23 @@ def test_given_times_are_used_and_scaled_to_the_size(tmp_path: Path, capsys: pyt
     large = read_times(file, (1024, 512))
     assert large.step_ms[0] == pytest.approx(4 * 70 + 16 * 30) and large.attention_ms == pytest.approx(16 * 30)
     assert large.vae_ms == pytest.approx(160, rel=0.03) and large.states["step_ms"] == ESTIMATE
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--gpus 8 --times {file}", "2 of 8 devices stay free: 6 stages are all there are"),
+        ("--gpus 6", "a split of the VAE would not help, because a step takes longer (200 > 90 ms)"),
+        ("--gpus 6 --times {file} --plan 0,1,2,3,vae", "1 of 6 devices stay free: the plan was given"),
+    ],
+)
+def test_devices_that_stay_free_are_explained(
+    flags: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "times.json"
+    file.write_text(json.dumps({"step_ms": 50, "vae_ms": 100}))
+    assert main(["plan", *flags.format(file=file).split()]) == 0
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

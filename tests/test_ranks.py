@@ -70,14 +70,14 @@ def pictures(path: Path) -> list[np.ndarray]:
         return [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
 
 
-@pytest.mark.parametrize("processes", [2, 3, 5])
-def test_given_tensors_give_the_same_over_processes(tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(("processes", "more"), [(2, []), (3, []), (5, []), (3, ["--plan", "0+1,2+3+vae1,vae2"])])
+def test_given_tensors_give_the_same_over_processes(tmp_path: Path, processes: int, more: list[str]) -> None:
     (tmp_path / "given").mkdir()
     regression.make_tpp(tmp_path / "given", clips=3, blocks=4)
     results = []
-    for count in (1, processes):
+    for count, flags in ((1, []), (processes, more)):
         out = tmp_path / f"{count}.safetensors"
-        status, errors = finish(start(count, ["golden", "tpp", tmp_path / "given", "--out", out]))
+        status, errors = finish(start(count, ["golden", "tpp", tmp_path / "given", "--out", out, *flags]))
         assert status == 0, errors
         results.append(load_file(out))
     alone, together = results
@@ -93,6 +93,18 @@ def test_a_video_is_the_same_over_threads_and_processes(checkpoint: Path, inputs
         assert status == 0, errors
         videos.append(pictures(out))
     assert len(videos[0]) == 75
+    for other in videos[1:]:
+        assert len(other) == 75 and all(map(np.array_equal, other, videos[0]))
+
+
+@pytest.mark.slow
+def test_a_vae_in_two_processes_makes_the_same_video(checkpoint: Path, inputs: Path, tmp_path: Path) -> None:
+    split, videos = ("--plan", "0,1,2,3,vae1,vae2"), []
+    for count, more in ((1, ()), (1, (*split, "--devices", "cpu,cpu,cpu,cpu,cpu,cpu")), (6, split)):
+        out = tmp_path / f"{len(videos)}.mkv"
+        status, errors = finish(start(count, generate(checkpoint, inputs, out, "--seconds", 3, *more)), 300)
+        assert status == 0, errors
+        videos.append(pictures(out))
     for other in videos[1:]:
         assert len(other) == 75 and all(map(np.array_equal, other, videos[0]))
 

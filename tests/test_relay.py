@@ -20,14 +20,16 @@ from liverelay.engine.config import StreamConfig
 from liverelay.engine.engine import Engine
 from liverelay.engine.errors import InputError, LiveRelayError
 from liverelay.engine.models.geometry import Geometry
+from liverelay.engine.models.vae import VAE
+from liverelay.engine.models.weights import open_pth
 from liverelay.engine.relay import loop, native_loop
 from liverelay.engine.relay.messages import Block, Clean, Done, Event, Tensors
 from liverelay.engine.relay.pipeline import Pipeline, local_pipeline
-from liverelay.engine.relay.plan import parse_plan
+from liverelay.engine.relay.plan import StagePlan, parse_plan
 from liverelay.engine.relay.stage import LineSpec, Stage
 from tests.rollout_twin import Wanted, random_block, rollout
 
-PLANS = ["0+1+2+3+vae", "0+1,2+3+vae", "0+1,2+3,vae", "0,1,2,3,vae"]
+PLANS = ["0+1+2+3+vae", "0+1,2+3+vae", "0+1,2+3,vae", "0,1,2,3,vae", "0,1,2,3,vae1,vae2", "0+1,2+3+vae1,vae2"]
 Parts = tuple[Engine, LineSpec]
 KINDS = {"native": native_loop.NativeStageLoop, "python": loop.StageLoop}
 kind = "native"  # of the lines that `make_line` makes
@@ -44,7 +46,7 @@ def parts(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Parts]:
     engine = Engine.load(checkpoint, device="cpu", dtype=torch.float32, stream=StreamConfig())
     config, geometry = engine.dit.config, Geometry(8, 8, engine.dit.config.head_dim)
     audio = (1, config.audio_states, config.audio_dim, engine.stream.block_frames)
-    yield engine, LineSpec.make(geometry, engine.stream, audio)
+    yield engine, LineSpec.make(geometry, engine.stream, audio, vae=engine.vae.config)
     torch.set_num_threads(before)
 
 
@@ -95,6 +97,25 @@ def test_every_plan_equals_the_sequential_rollout(parts: Parts, plan: str, rng: 
     assert equal(got, expected(parts, given, blocks))
 
 
+def test_pieces_of_a_vae_hand_over_all_that_they_compute(parts: Parts, rng: torch.Generator) -> None:
+    engine, spec = parts
+    vae = VAE.load(open_pth(engine.loader.files.vae), dtype=torch.bfloat16)  # rounds less on a CPU than a handoff would
+    whole, first, second = (
+        Stage(StagePlan((), piece, "cpu"), spec, None, vae, torch.bfloat16) for piece in ("vae", "vae1", "vae2")
+    )
+    given, blocks = session(parts, rng, 3)
+    for stage in (whole, first, second):
+        stage.open(0, given)
+    for number, block in enumerate(blocks):
+        for stage in (whole, first):
+            stage.parcel.fill({"latent": block.noise})
+        video = whole.decode(0, number)
+        assert first.decode(0, number) is None
+        second.parcel.fill(first.outgoing.parts)
+        got = second.decode(0, number)
+        assert video is not None and got is not None and torch.equal(got, video)
+
+
 def test_sessions_on_one_line_do_not_mix(parts: Parts, rng: torch.Generator) -> None:
     line, speakers = make_line(parts, "0+1,2+3,vae", places=3), [session(parts, rng, 7) for _ in range(3)]
     serials = [line.open(given) for given, _ in speakers]
@@ -120,10 +141,16 @@ def test_a_place_is_used_again_and_holds_nothing_of_the_session_before(parts: Pa
     line.close()
 
 
-@pytest.mark.parametrize("cut", [1, 4, 7])
-def test_a_saved_session_goes_on_under_another_plan(parts: Parts, rng: torch.Generator, cut: int) -> None:
+@pytest.mark.parametrize(
+    ("cut", "here", "there"),
+    [(1, "0,1+2,3+vae", "0+1+2,3,vae"), (4, "0,1+2,3+vae", "0+1+2,3,vae"), (7, "0,1+2,3+vae", "0+1+2,3,vae"),
+     (3, "0+1,2+3+vae1,vae2", "0+1+2+3+vae"), (5, "0+1,2+3,vae", "0,1+2+3,vae1,vae2")],
+)  # fmt: skip
+def test_a_saved_session_goes_on_under_another_plan(
+    parts: Parts, rng: torch.Generator, cut: int, here: str, there: str
+) -> None:
     given, blocks = session(parts, rng, 9)
-    line = make_line(parts, "0,1+2,3+vae")
+    line = make_line(parts, here)
     serial = line.open(given)
     before = videos(line, serial, blocks[:cut])
     saved = line.save(serial).result(timeout=60)
@@ -132,7 +159,7 @@ def test_a_saved_session_goes_on_under_another_plan(parts: Parts, rng: torch.Gen
     tensors = {name: tensor for part in saved.values() for name, tensor in part.tensors.items()}
     numbers = {name: number for part in saved.values() for name, number in part.numbers.items()}
     assert reference is not None
-    other = make_line(parts, "0+1+2,3,vae")
+    other = make_line(parts, there)
     serial = other.open(given, state=(tensors | {"new_reference": reference}, numbers))
     after = videos(other, serial, blocks[cut:], cut)
     other.close()

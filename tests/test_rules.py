@@ -22,8 +22,8 @@ ENVIRONMENT = {"engine/config.py"}  # the only files that may read the environme
 LAYERS = (
     "errors version progress arguments models.sampler models relay relay.scheduler relay.links",
     "frame_ring_layout",
-    "config devices relay.plan relay.dispatch native media models.geometry models.lora models.image models.vae_config",
-    "models.sizes frame_ring_twin",
+    "config devices relay.dispatch native media models.geometry models.lora models.image models.vae_config",
+    "models.sizes frame_ring_twin relay.plan",
     "relay.times frame_ring",
     "relay.planner",
     "cache models.weights models.vae_layers models.workspace",

@@ -19,7 +19,7 @@ from liverelay.engine.engine import Engine
 from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.relay.messages import Block, Event
 from liverelay.engine.relay.pipeline import Pipeline, local_pipeline
-from liverelay.engine.relay.plan import DECODE, StagePlan, parse_plan
+from liverelay.engine.relay.plan import StagePlan, parse_plan
 from liverelay.engine.relay.simulator import Outcome, Visit
 from liverelay.engine.relay.stage import LineSpec, Stage
 from liverelay.engine.relay.times import StageTimes
@@ -35,7 +35,7 @@ def parts(checkpoint: Path) -> Iterator[tuple[Engine, LineSpec]]:
     engine = Engine.load(checkpoint, device="cpu", dtype=torch.float32, stream=StreamConfig())
     config, geometry = engine.dit.config, Geometry(8, 8, engine.dit.config.head_dim)
     audio = (1, config.audio_states, config.audio_dim, engine.stream.block_frames)
-    yield engine, LineSpec.make(geometry, engine.stream, audio)
+    yield engine, LineSpec.make(geometry, engine.stream, audio, vae=engine.vae.config)
     torch.set_num_threads(before)
 
 
@@ -52,10 +52,10 @@ class Pretender(Stage):
         self.shadow_of = number
 
     def denoise(self, number: int, block: Block, on_step: Any = None) -> None:
-        time.sleep(1e-3 * self.times.block_ms(StagePlan(self.plan.steps, False, ""), block.block))
+        time.sleep(1e-3 * self.times.block_ms(StagePlan(self.plan.steps, "", ""), block.block))
 
     def decode(self, number: int, block: int) -> torch.Tensor:
-        time.sleep(1e-3 * self.times.vae_ms)
+        time.sleep(1e-3 * self.times.vae_ms * self.plan.vae_share)
         return torch.zeros(1, 1, 1, 3, dtype=torch.uint8)
 
 
@@ -107,7 +107,7 @@ def close_to(real: list[list[float]], simulated: list[Outcome]) -> dict[str, tup
 
 CASES = [
     ("0+1,2+3+vae", 1, (9, 12, 8, 14), 20), ("0,1,2,3,vae", 2, (24, 15, 30, 18), 21),
-    ("0,1+2,3,vae", 3, (30, 9, 12, 25), 35),
+    ("0,1+2,3,vae", 3, (30, 9, 12, 25), 35), ("0,1,2,3,vae1,vae2", 1, (20, 15, 20, 18), 60),
 ]  # fmt: skip
 
 
@@ -143,7 +143,7 @@ class Told(StageTimes):
     def block_ms(self, stage: StagePlan, block: int = 10) -> float:
         """The reference is told of when the steps are done; how much of a stage they take is not."""
         found = self.blocks.get((stage.name, block))
-        return 0.6 * self.blocks[f"{stage.name}+{DECODE}", block] if found is None else found
+        return 0.6 * self.blocks[f"{stage.name}+vae", block] if found is None else found
 
     def open_ms(self, stage: StagePlan) -> float:
         return self.others[stage.name, "open"]
@@ -157,7 +157,7 @@ def told(file: Path, others: dict[tuple[str, str], list[float]]) -> Told:
     blocks: dict[tuple[str, int], list[float]] = {}
     for record in map(json.loads, file.read_text().splitlines()):
         if "compute_ms" in record:
-            ms = record["compute_ms"] + (record["wait_out_ms"] if record["stage"].endswith(DECODE) else 0.0)
+            ms = record["compute_ms"] + (record["wait_out_ms"] if record["stage"].endswith("vae") else 0.0)
             blocks.setdefault((record["stage"], record["block"]), []).append(ms)
     means = [{key: sum(ms) / len(ms) for key, ms in each.items()} for each in (blocks, others)]
     return Told((1.0,) * 4, 1.0, blocks=means[0], others=means[1])  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from liverelay.engine.relay.simulator import PLAYER_S, Clock, Line, Outcome, Spa
 from liverelay.engine.relay.times import StageTimes
 from tests.simulated import plan_of, run
 
-PLANS = ["0+1+2+3+vae", "0+1,2+3+vae", "0+1,2+3,vae", "0,1,2,3,vae"]
+PLANS = ["0+1+2+3+vae", "0+1,2+3+vae", "0+1,2+3,vae", "0,1,2,3,vae", "0,1,2,3+vae1,vae2"]
 
 
 def random_times(numbers: random.Random) -> StageTimes:

@@ -12,6 +12,7 @@ import torch
 from liverelay.engine.config import StreamConfig
 from liverelay.engine.engine import Engine
 from liverelay.engine.errors import InputError, LiveRelayError, OutputError
+from liverelay.engine.relay.plan import Plan, parse_plan
 from liverelay.engine.session import Session
 from liverelay.engine.snapshot import Snapshot
 from liverelay.engine.stream import Chunk
@@ -22,16 +23,16 @@ STREAM = StreamConfig(motion_pixel_frames=25)  # 73 take longer to open
 Engines = tuple[Engine, Engine]
 
 
-def load(checkpoint: Path, device: str, stream: StreamConfig = STREAM) -> Engine:
+def load(checkpoint: Path, device: str | Plan, stream: StreamConfig = STREAM) -> Engine:
     return Engine.load(checkpoint, device=device, dtype=torch.float32, stream=stream)
 
 
 @pytest.fixture(scope="module")
 def engines(checkpoint: Path) -> Iterator[Engines]:
-    """The same model on lines of one and of three stages."""
+    """The same model on lines of one stage and of three, two of which share the VAE."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    both = load(checkpoint, "cpu"), load(checkpoint, "cpu,cpu,cpu")
+    both = load(checkpoint, "cpu"), load(checkpoint, parse_plan("0+1,2+3+vae1,vae2", ["cpu"] * 3))
     yield both
     for engine in both:
         engine.close()

@@ -16,6 +16,7 @@ import torch
 from liverelay.engine.config import StreamConfig
 from liverelay.engine.engine import Engine
 from liverelay.engine.errors import InputError, LiveRelayError
+from liverelay.engine.relay.plan import parse_plan
 from liverelay.engine.steps import Job, SteppedSession
 from liverelay.engine.stream import Chunk
 
@@ -89,6 +90,17 @@ def test_stages_in_any_interleaving_equal_the_line(engine: Engine, numbers: Numb
     for session in sessions:
         session.close()
     assert all(same(made[i], people[i].expected(engine)) for i in range(2))
+
+
+def test_a_vae_in_two_stages_decodes_the_same(engine: Engine, checkpoint: Path, numbers: Numbers) -> None:
+    plan, person = parse_plan("0+1+2,3+vae1,vae2", ["cpu"] * 3), Person(numbers)
+    split = Engine.load(checkpoint, device=plan, dtype=torch.float32, stream=engine.stream)
+    made, session = list[Chunk](), person.steps(split)
+    while (job := session.prepare_block()) is not None:
+        made.append(run(session, job))
+    session.close()
+    split.close()
+    assert len(made) > 5 and same(made, person.expected(engine))
 
 
 def test_a_discarded_block_leaves_no_trace(engine: Engine, numbers: Numbers) -> None:

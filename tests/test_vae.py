@@ -14,7 +14,7 @@ from torch import Tensor
 
 from liverelay.engine.errors import CheckpointError, InputError
 from liverelay.engine.models.vae import VAE
-from liverelay.engine.models.vae_config import LATENT_MEAN, LATENT_STD, VAEConfig, expected_shapes
+from liverelay.engine.models.vae_config import FIRST, LATENT_MEAN, LATENT_STD, SECOND, VAEConfig, expected_shapes
 from tests.compare import psnr_db, relative
 
 Weights = dict[str, Tensor]
@@ -131,6 +131,24 @@ def test_decoding_in_pieces_equals_decoding_at_once(vae: VAE, rng: torch.Generat
         parts = [vae.decode(part, cache) for part in latents.split(split, dim=1)]
         assert torch.equal(torch.cat(parts, dim=1), whole), split
     assert torch.equal(vae.prime(vae.new_decoder(H, W), latents), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("split", [[1, 3, 3], [3, 3, 1]], ids=str)
+def test_two_pieces_equal_the_whole_decoder(
+    weights: Weights, rng: torch.Generator, dtype: torch.dtype, split: list[int]
+) -> None:
+    vae, latents = VAE.load(weights, dtype=dtype), random_latents(rng, 7)
+    whole = vae.decode(latents, vae.new_decoder(H, W))
+    memory = torch.full(vae.config.handoff(3, H, W), math.nan, dtype=vae.features_dtype)
+    first, second, frames = vae.new_decoder(H, W, FIRST), vae.new_decoder(H, W, SECOND), []
+    for part in latents.split(split, dim=1):
+        vae.decode_first(part, first, vae.as_features(memory))
+        frames.append(vae.decode_second(vae.as_features(memory), part.shape[1], second))
+    assert torch.equal(torch.cat(frames, dim=1), whole)  # the very first latent gives one frame of features, too
+    names = [set(cache.buffers) for cache in (first, second, vae.new_decoder(H, W))]
+    assert not names[0] & names[1] and names[0] | names[1] == names[2]
+    assert first.nbytes + second.nbytes == vae.new_decoder(H, W).nbytes
 
 
 def test_encoding_and_other_streams_do_not_disturb_a_stream(vae: VAE, rng: torch.Generator) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.models.geometry import Geometry, split_pairs
-from liverelay.engine.models.vae_config import VAEConfig
+from liverelay.engine.models.vae_config import WHOLE, VAEConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 SCALE = "_scale"  # follows the key of a weight that is stored in FP8
@@ -127,11 +127,11 @@ def vae_bytes(shapes: Shapes, element: int) -> int:
     )
 
 
-def vae_cache_bytes(config: VAEConfig, geometry: Geometry, element: int) -> int:
-    """Feature cache of one session's decoder."""
+def vae_cache_bytes(config: VAEConfig, geometry: Geometry, element: int, piece: str = WHOLE) -> int:
+    """Feature cache of one session's decoder, or of a piece of it."""
     return sum(
         channels * (2 + frames) * geometry.latent_h * geometry.latent_w * scale * scale * element
-        for channels, frames, scale in config.decoder_slots().values()
+        for channels, frames, scale in config.decoder_slots(piece).values()
     )
 
 
@@ -170,23 +170,25 @@ def prefill_flops(config: DiTConfig, geometry: Geometry) -> tuple[float, float]:
 
 def decode_flops(config: VAEConfig, geometry: Geometry) -> float:
     """Of decoding one block: convolutions, linear in the pixels, and the middle's attention, quadratic in h w."""
+    return sum(decode_step_flops(config, geometry))
+
+
+def decode_step_flops(config: VAEConfig, geometry: Geometry) -> list[float]:
+    """Of what comes before the steps of `decoder_steps`, and of each of them."""
     hw, top = geometry.latent_h * geometry.latent_w, config.base_dim * config.dim_mult[-1]
 
-    def conv(inner: int, out: int, taps: int, frames: int, scale: int) -> float:
-        return 2.0 * inner * out * taps * frames * hw * scale * scale
+    def conv(inner: int, out: int, taps: int, frames: int = 1, scale: int = 1) -> float:
+        return 2.0 * geometry.frames_per_block * inner * out * taps * frames * hw * scale * scale
 
-    flops = conv(config.z_dim, config.z_dim, 1, 1, 1) + conv(config.z_dim, top, 27, 1, 1)
-    flops += 4 * conv(top, top, 27, 1, 1) + conv(top, 4 * top, 1, 1, 1) + 4.0 * hw * hw * top
-    frames = scale = 1
-    out = top
-    for (_, kind), (inner, out) in zip(config.decoder_plan(), config.decoder_widths(), strict=True):
-        if kind == "residual":
-            flops += conv(inner, out, 27, frames, scale) + conv(out, out, 27, frames, scale)
-            flops += conv(inner, out, 1, frames, scale) if inner != out else 0.0
-            continue
-        if kind == "up3d":
-            flops += conv(inner, 2 * inner, 3, frames, scale)
-            frames *= 2
-        scale *= 2
-        flops += conv(inner, out, 9, frames, scale)
-    return geometry.frames_per_block * (flops + conv(out, 3, 27, frames, scale))
+    flops = [conv(config.z_dim, config.z_dim, 1) + conv(config.z_dim, top, 27) + 4 * conv(top, top, 27)
+             + conv(top, 4 * top, 1) + 4.0 * geometry.frames_per_block * hw * hw * top]  # fmt: skip
+    for _, kind, inner, out, frames, scale in config.decoder_steps():
+        if kind == "head":
+            flops.append(conv(inner, out, 27, frames, scale))
+        elif kind == "residual":
+            shortcut = conv(inner, out, 1, frames, scale) if inner != out else 0.0
+            flops.append(conv(inner, out, 27, frames, scale) + conv(out, out, 27, frames, scale) + shortcut)
+        else:
+            in_time = conv(inner, 2 * inner, 3, frames, scale) if kind == "up3d" else 0.0
+            flops.append(in_time + conv(inner, out, 9, frames * (2 if in_time else 1), 2 * scale))
+    return flops

@@ -7,13 +7,13 @@ become the history of the next call. Zero history is the published left padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from liverelay.engine.errors import InputError
-from liverelay.engine.models.vae_config import VAEConfig, expected_shapes
+from liverelay.engine.models.vae_config import CUT, WHOLE, VAEConfig, expected_shapes
 from liverelay.engine.models.vae_layers import FeatureCache, Layers
 from liverelay.engine.models.weights import check_shapes
 from liverelay.kernels import dispatch
@@ -83,10 +83,10 @@ class VAE:
         mean = torch.cat(latents, dim=1)
         return (mean - self._mean) * self._inverse_std
 
-    def new_decoder(self, latent_h: int, latent_w: int) -> FeatureCache:
+    def new_decoder(self, latent_h: int, latent_w: int, piece: str = WHOLE) -> FeatureCache:
         """An empty cache for one stream of this latent size, allocated once."""
         cache = FeatureCache()
-        for name, (channels, frames, scale) in self.config.decoder_slots().items():
+        for name, (channels, frames, scale) in self.config.decoder_slots(piece).items():
             cache.buffers[name] = self._decoder.make(channels, 2 + frames, latent_h * scale, latent_w * scale)
         return cache
 
@@ -95,14 +95,42 @@ class VAE:
 
         Streaming: splitting the latents over several calls changes nothing.
         """
-        if latents.dim() != 4 or latents.shape[0] != self.config.z_dim or not latents.shape[1]:
-            raise InputError(f"cannot decode {list(latents.shape)}; expected [{self.config.z_dim}, N, h, w] with N > 0")
-        x = latents.float() / self._inverse_std + self._mean  # constants hold working-dtype values (spec 1.5)
         frames = []
-        for i in range(x.shape[1]):
-            frames.append(self._decode_latent(x[:, i].unsqueeze(0), cache))
+        for x in self._each(latents):
+            frames.append(self._finish(self._begin(x, cache), cache))
             cache.first = False
         return torch.cat(frames, dim=1)
+
+    def decode_first(self, latents: Tensor, cache: FeatureCache, features: Tensor | None = None) -> None:
+        """The first piece of `decode`, into features [4N, C, h', w'], one latent's frames behind the other's.
+
+        Nobody wants them where a new stream is warmed up. cache: of this piece.
+        """
+        row = 0
+        for x in self._each(latents):
+            y = self._begin(x, cache)
+            if features is not None:
+                features[row : row + len(y)].copy_(y)
+            row += len(y)
+            cache.first = False
+
+    def decode_second(self, features: Tensor, latents: int, cache: FeatureCache) -> Tensor:
+        """The second piece: features of so many latents -> frames, to the bit those of `decode`."""
+        frames, row, later = [], 0, self.config.decoder_steps()[CUT].frames
+        for _ in range(latents):
+            count = 1 if cache.first else later
+            frames.append(self._finish(features[row : row + count], cache))
+            row += count
+            cache.first = False
+        return torch.cat(frames, dim=1)
+
+    def as_features(self, memory: Tensor) -> Tensor:
+        """Memory of [n, C, h', w'] as features in the layout that the decoder computes in."""
+        return self._decoder.arranged(memory)
+
+    @property
+    def features_dtype(self) -> torch.dtype:
+        return self._decoder.stream
 
     def prime(self, cache: FeatureCache, motion: Tensor) -> Tensor:
         """Warm a new stream up with the first motion latents [16, 7, h, w]; the frames are of no use (spec 2.5)."""
@@ -125,12 +153,28 @@ class VAE:
         x = run.norm_conv("encoder.head.0", "encoder.head.2", x, cache)
         return run.conv("conv1", x)[:, : self.config.z_dim].transpose(0, 1)
 
-    def _decode_latent(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        """[1, 16, h, w] -> frames [3, n, 8h, 8w]."""
+    def _each(self, latents: Tensor) -> Iterator[Tensor]:
+        """[16, N, h, w] -> N times [1, 16, h, w], unnormalised."""
+        if latents.dim() != 4 or latents.shape[0] != self.config.z_dim or not latents.shape[1]:
+            raise InputError(f"cannot decode {list(latents.shape)}; expected [{self.config.z_dim}, N, h, w] with N > 0")
+        x = latents.float() / self._inverse_std + self._mean  # constants hold working-dtype values (spec 1.5)
+        return (x[:, i].unsqueeze(0) for i in range(x.shape[1]))
+
+    def _begin(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        """[1, 16, h, w] -> what the decoder's second piece takes, [n, C, h', w']."""
         run = self._decoder
         x = run.causal("decoder.conv1", run.conv("conv2", x), cache)
         x = run.middle("decoder.middle", x, cache)
-        for name, kind in self.config.decoder_plan():
-            x = run.residual(name, x, cache) if kind == "residual" else run.up(name, x, cache, kind == "up3d")
-        x = run.norm_conv("decoder.head.0", "decoder.head.2", x, cache)
+        return self._upsamples(self.config.decoder_plan()[:CUT], x, cache)
+
+    def _finish(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        """What the first piece made of a latent -> frames [3, n, 8h, 8w]."""
+        x = self._upsamples(self.config.decoder_plan()[CUT:], x, cache)
+        x = self._decoder.norm_conv("decoder.head.0", "decoder.head.2", x, cache)
         return x.transpose(0, 1).float().clamp_(-1, 1)
+
+    def _upsamples(self, steps: Sequence[tuple[str, str]], x: Tensor, cache: FeatureCache) -> Tensor:
+        run = self._decoder
+        for name, kind in steps:
+            x = run.residual(name, x, cache) if kind == "residual" else run.up(name, x, cache, kind == "up3d")
+        return x

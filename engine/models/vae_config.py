@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from liverelay.engine.errors import CheckpointError
 
@@ -16,6 +17,23 @@ LATENT_STD = (
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
 Shapes = dict[str, tuple[int, ...]]
+# The decoder whole, or as two pieces in order, and which part of its operations each has at the published widths.
+WHOLE, FIRST, SECOND = "vae", "vae1", "vae2"
+PIECES = {WHOLE: 1.0, FIRST: 0.489, SECOND: 0.511}
+# Steps of `decoder_plan` in the first piece. No other cut has a smaller larger piece (spec 2.7), and only cuts of which
+# one piece has 79% or more hand over less: here 192 channels of 4 frames at half the video's width and height.
+CUT = 10
+
+
+class DecoderStep(NamedTuple):
+    """channels in and out; frames of a later latent, and scale, of what comes in."""
+
+    name: str
+    kind: str
+    inner: int
+    out: int
+    frames: int
+    scale: int
 
 
 @dataclass(frozen=True)
@@ -99,24 +117,35 @@ class VAEConfig:
             current = out
         return pairs
 
-    def decoder_slots(self) -> dict[str, tuple[int, int, int]]:
+    def decoder_steps(self) -> list[DecoderStep]:
+        """The steps of `decoder_plan`, and the head."""
+        frames = scale = 1
+        steps = []
+        for (name, kind), (inner, out) in zip(self.decoder_plan(), self.decoder_widths(), strict=True):
+            steps.append(DecoderStep(name, kind, inner, out, frames, scale))
+            if kind != "residual":
+                frames, scale = frames * (2 if kind == "up3d" else 1), scale * 2
+        return [*steps, DecoderStep("decoder.head", "head", out, 3, frames, scale)]
+
+    def decoder_slots(self, piece: str = WHOLE) -> dict[str, tuple[int, int, int]]:
         """Feature caches of the decoder: convolution -> (channels, frames of a later latent, scale) (spec 2.4)."""
         top = self.base_dim * self.dim_mult[-1]
         slots = {"decoder.conv1": (self.z_dim, 1, 1)}
         for i in (0, 2):
             slots |= {f"decoder.middle.{i}.residual.{conv}": (top, 1, 1) for conv in (2, 6)}
-        frames, scale, out = 1, 1, top
-        for (name, kind), (inner, out) in zip(self.decoder_plan(), self.decoder_widths(), strict=True):
-            if kind == "residual":
-                slots[f"{name}.residual.2"] = (inner, frames, scale)
-                slots[f"{name}.residual.6"] = (out, frames, scale)
-                continue
-            if kind == "up3d":
-                slots[f"{name}.time_conv"] = (inner, frames, scale)
-                frames *= 2
-            scale *= 2
-        slots["decoder.head.2"] = (out, frames, scale)
+        steps = self.decoder_steps()
+        if piece == SECOND:
+            slots = {}
+        for name, kind, inner, out, frames, scale in {WHOLE: steps, FIRST: steps[:CUT], SECOND: steps[CUT:]}[piece]:
+            convs = {"residual": {"residual.2": inner, "residual.6": out}, "up3d": {"time_conv": inner},
+                     "head": {"2": inner}}  # fmt: skip
+            slots |= {f"{name}.{conv}": (channels, frames, scale) for conv, channels in convs.get(kind, {}).items()}
         return slots
+
+    def handoff(self, latents: int, latent_h: int, latent_w: int) -> tuple[int, int, int, int]:
+        """Between the pieces of the decoder, for later latents: features [frames, channels, height, width]."""
+        step = self.decoder_steps()[CUT]
+        return latents * step.frames, step.inner, latent_h * step.scale, latent_w * step.scale
 
 
 def expected_shapes(config: VAEConfig) -> Shapes:

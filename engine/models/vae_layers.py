@@ -105,6 +105,11 @@ class Layers:
         buffer = torch.zeros((frames, channels, height, width), device=self.device, dtype=self.operand)
         return buffer.contiguous(memory_format=self._format)
 
+    def arranged(self, memory: Tensor) -> Tensor:
+        """Contiguous memory of [n, C, h, w] in the layout of activations."""
+        n, channels, height, width = memory.shape
+        return memory if self._on_cpu else memory.view(n, height, width, channels).permute(0, 3, 1, 2)
+
     def _slot(self, name: str, x: Tensor, cache: FeatureCache, history: int = 2) -> Tensor:
         """The [history | chunk] view for a chunk like x; made at first use where the cache did not foresee it."""
         frames = history + x.shape[0]

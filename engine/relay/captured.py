@@ -95,10 +95,11 @@ class Captured:
                 draft.copy_(stage.dit.draft_block(stage.workspace, arena, start, reference))
                 made.copy(words, draft)
                 launch(launch_key)
-        if stage.plan.decode and place.decoder is None:
-            made.answers.append(lambda: Finished(index, block.serial, block.block, None))
-        elif stage.plan.decode:
+        if place.decoder is not None:
             launch(self._decode_key(block))
+        if stage.plan.makes_video and place.decoder is None:
+            made.answers.append(lambda: Finished(index, block.serial, block.block, None))
+        elif stage.plan.makes_video:
             frames = self._videos.take(tuple(stage.video.shape), stage.video)
             made.taken.append((self._videos, frames))
             made.copy(frames, stage.video)

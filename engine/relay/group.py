@@ -16,13 +16,12 @@ from datetime import timedelta
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from liverelay.engine.config import RankEnvironment
 from liverelay.engine.relay.plan import Plan
 from liverelay.engine.relay.remote import GlooEnd, NcclEnd
-from liverelay.engine.relay.stage import LineSpec
+from liverelay.engine.relay.stage import LineSpec, Stage
 
 TIMEOUT_S = 10.0
 START_S = 1800.0  # until all ranks have loaded their weights
@@ -149,7 +148,7 @@ class Group:
         listener.close()
         return [Channel(found[rank]) for rank in sorted(found)]
 
-    def links(self, plan: Plan, spec: LineSpec, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    def links(self, plan: Plan, stage: Stage) -> tuple[Any, Any]:
         """This process's ends of the links from the stage before and to the stage after, warmed up; None without one.
 
         Every rank calls it at the same time: the first message of a pair connects it, which is slow.
@@ -158,11 +157,11 @@ class Group:
         def end(peer: int) -> GlooEnd | NcclEnd | None:
             if not 0 <= peer < len(plan.stages):
                 return None
-            receiver = plan.stages[max(peer, self.rank)]
-            shapes, group = spec.parcel_of(receiver), self._groups[min(peer, self.rank)]
-            sends = peer > self.rank
+            receiver, sends = plan.stages[max(peer, self.rank)], peer > self.rank
+            shapes, group = stage.spec.parcel_of(receiver), self._groups[min(peer, self.rank)]
+            dtype = (stage.outgoing if sends else stage.parcel).flat.dtype
             if self.transport == "nccl":
-                return NcclEnd(shapes, device, dtype, peer, group, sends=sends)
+                return NcclEnd(shapes, stage.device, dtype, peer, group, sends=sends)
             return GlooEnd(shapes, dtype, peer, group, sends=sends)
 
         source, target = end(self.rank - 1), end(self.rank + 1)

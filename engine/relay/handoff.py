@@ -24,7 +24,8 @@ class LinkClosed(Exception):
 
 class Parcel:
     """What travels with a block, by name, in one flat buffer [n] of the working dtype: the latent [16, F, h, w] and,
-    to a stage that denoises, the audio features [S, states, A, 4 F] (and a pose [16, F, h, w], where there is one)."""
+    to a stage that denoises, the audio features [S, states, A, 4 F] (and a pose [16, F, h, w], where there is one).
+    Between the two pieces of a VAE it is features [n, C, h', w'] alone, in the dtype of their activations."""
 
     def __init__(self, shapes: Shapes, device: torch.device | str, dtype: torch.dtype) -> None:
         sizes = [torch.Size(shape).numel() for shape in shapes.values()]

@@ -64,33 +64,36 @@ class Machine:
         """Whether the devices were looked at."""
         return any(device.model for device in self.devices)
 
-    def order(self, count: int, size: int) -> list[int]:
-        """`count` devices in the order of a line whose handoffs of `size` bytes take the least time altogether.
+    def order(self, sizes: Sequence[int]) -> list[int]:
+        """Devices in the order of a line whose handoffs of these bytes take the least time altogether.
 
         Of equal ones the first in the devices' own order. Depth first; a branch that cannot become better is left.
         """
-        cost = [[link.handoff_ms(size) for link in row] for row in self.links]
-        everybody = range(len(self.devices))
-        least = min((cost[i][j] for i in everybody for j in everybody if i != j), default=0.0)
+        everybody, count = range(len(self.devices)), len(sizes) + 1
+        kinds = {id(link): link for i, row in enumerate(self.links) for j, link in enumerate(row) if i != j}.values()
+        least = [min((link.handoff_ms(size) for link in kinds), default=0.0) for size in sizes]
         best, found = float("inf"), list(range(count))
 
         def extend(path: list[int], spent: float) -> None:
             nonlocal best, found
-            if spent + (count - len(path)) * least >= best - 1e-9:
+            if spent + sum(least[max(0, len(path) - 1) :]) >= best - 1e-9:
                 return
             if len(path) == count:
                 best, found = spent, path
                 return
-            left = [i for i in everybody if i not in path]
-            for i in sorted(left, key=lambda i: (cost[path[-1]][i] if path else 0.0, i)):
-                extend([*path, i], spent + (cost[path[-1]][i] if path else 0.0))
+
+            def cost(i: int) -> float:
+                return self.links[path[-1]][i].handoff_ms(sizes[len(path) - 1]) if path else 0.0
+
+            for i in sorted((i for i in everybody if i not in path), key=lambda i: (cost(i), i)):
+                extend([*path, i], spent + cost(i))
 
         extend([], 0.0)
         return found
 
-    def pick(self, count: int, size: int) -> Machine:
+    def pick(self, sizes: Sequence[int]) -> Machine:
         """These devices alone, in that order."""
-        return self.part(self.order(count, size))
+        return self.part(self.order(sizes))
 
     def part(self, which: Sequence[int]) -> Machine:
         """Some of the devices, in this order."""

@@ -119,7 +119,7 @@ class StageLoop:
             self.emit(Failed(self.index, command.serial, error))
         computed, ended = self._event(), time.perf_counter()
         if self.target is not None:
-            self.target.send(self.stage.parcel)
+            self.target.send(self.stage.outgoing)
 
         def tell() -> None:
             now = time.perf_counter()
@@ -147,8 +147,8 @@ class StageLoop:
         if stage.last_step and block == 0:
             clean = on_host(stage.parcel.parts["latent"][:, :1].clone())
             answers.append(lambda: Clean(self.index, serial, clean))
-        if stage.plan.decode:
-            video = stage.decode(command.place, block)
+        video = stage.decode(command.place, block) if stage.plan.decode else None
+        if stage.plan.makes_video:
             frames = None if video is None else on_host(video)
             answers.append(
                 lambda: Finished(self.index, serial, block, None if frames is None else frames.numpy().copy())

@@ -228,7 +228,7 @@ class NativeStageLoop(StageLoop):
         return program
 
     def _move(self, program: StageProgram, link: Link, *, sends: bool) -> None:
-        own = self.stage.parcel
+        own = self.stage.outgoing if sends else self.stage.parcel
         parts = link.parts(own, sends=sends) if isinstance(link, NativeLink) else None
         if isinstance(link, NativeLink) and parts is not None:
             (program.send if sends else program.receive)(link.native, parts)

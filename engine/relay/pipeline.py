@@ -358,7 +358,7 @@ def local_pipeline(
     """All stages in threads of this process. make_link: of the links between them; native: False for loops and links
     in Python, True for C++ where it was built, also on GPUs."""
     devices = [stage.device for stage in stages]
-    parcels = [(stage.spec.parcel_of(stage.plan), stage.device, stage.dtype) for stage in stages]
+    parcels = [(stage.spec.parcel_of(stage.plan), stage.device, stage.parcel.flat.dtype) for stage in stages]
     entry = make_local_link(*parcels[0], devices[:1], native)
     links: list[Link] = [entry]
     for i, parcel in enumerate(parcels[1:]):

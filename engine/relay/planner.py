@@ -27,9 +27,10 @@ from liverelay.engine.models.sizes import (
     vae_work_bytes,
     workspace_bytes,
 )
-from liverelay.engine.models.vae_config import VAEConfig, expected_shapes
+from liverelay.engine.models.vae_config import FIRST, SECOND, VAEConfig, expected_shapes
+from liverelay.engine.relay.dispatch import BUFFERS
 from liverelay.engine.relay.links import GIB, Machine
-from liverelay.engine.relay.plan import Plan, StagePlan, cuts, parse_plan, plan_of
+from liverelay.engine.relay.plan import Plan, StagePlan, parse_plan, plans
 from liverelay.engine.relay.scheduler import FULL_LOAD
 from liverelay.engine.relay.times import StageTimes, geometry_of
 
@@ -55,6 +56,17 @@ class Task:
         latent = config.in_channels * geometry.frames_per_block * geometry.latent_h * geometry.latent_w
         return ELEMENT * (latent + config.audio_states * config.audio_dim * STREAM.block_frames)
 
+    @property
+    def features_bytes(self) -> int:
+        """Of what the first piece of a VAE hands to the second."""
+        geometry = geometry_of(self.size)
+        return ELEMENT * prod(VAEConfig().handoff(geometry.frames_per_block, geometry.latent_h, geometry.latent_w))
+
+    def handoffs(self, stages: int, *, split: bool) -> list[int]:
+        """Bytes from each stage to the next."""
+        sizes = [self.handoff_bytes] * (stages - 1)
+        return [*sizes[1:], self.features_bytes] if split else sizes
+
 
 TimesOf = Callable[[Task], StageTimes]
 
@@ -72,7 +84,11 @@ def stage_memory(stage: StagePlan, task: Task, *, first: bool) -> dict[str, int]
         memory["workspace"] += arena_bytes(config, geometry, ELEMENT, fp8=attention, sink_only=True)
     if stage.decode:
         memory["vae"] = vae_bytes(expected_shapes(vae), ELEMENT) + vae_work_bytes(vae, geometry)
-        memory["vae"] += task.sessions * vae_cache_bytes(vae, geometry, ELEMENT)
+        memory["vae"] += task.sessions * vae_cache_bytes(vae, geometry, ELEMENT, stage.decode)
+    if stage.decode in (FIRST, SECOND):
+        memory["vae"] += (BUFFERS + 1) * task.features_bytes
+    if stage.decode == SECOND:  # a first piece's cache, to warm sessions up with
+        memory["vae"] += vae_cache_bytes(vae, geometry, ELEMENT, FIRST)
     if first:
         memory["encoders"] = ELEMENT * (AUDIO_PARAMETERS + TEXT_PARAMETERS)
     return memory
@@ -93,7 +109,8 @@ class Forecast:
     def make(cls, plan: Plan, task: Task, times: StageTimes, machine: Machine) -> Forecast:
         """machine: the plan's devices, in its order."""
         memory = tuple(stage_memory(stage, task, first=not i) for i, stage in enumerate(plan.stages))
-        handoffs = tuple(link.handoff_ms(task.handoff_bytes) for link in machine.handoffs)
+        sizes = task.handoffs(len(plan.stages), split=plan.split)
+        handoffs = tuple(link.handoff_ms(size) for link, size in zip(machine.handoffs, sizes, strict=True))
         return cls(plan, task, times, machine, handoffs, memory)
 
     @cached_property
@@ -149,13 +166,14 @@ def total(memory: dict[str, int]) -> int:
 
 
 def forecasts(machine: Machine, task: Task, times: StageTimes) -> Iterator[Forecast]:
-    """Every plan on 1, 2, ... of the devices; more than steps + 1 have nothing to do."""
-    work = len(times.step_ms) + 1
-    for count in range(1, min(len(machine.devices), work) + 1):
-        picked = machine.pick(count, task.handoff_bytes)
-        names = [device.name for device in picked.devices]
-        for cut in cuts(work, count):
-            yield Forecast.make(plan_of(cut, work - 1, names), task, times, picked)
+    """Every plan on 1, 2, ... of the devices; more than the steps and two for the VAE have nothing to do."""
+    steps = len(times.step_ms)
+    for count in range(1, min(len(machine.devices), steps + 2) + 1):
+        for split in (False, True)[:count]:  # one device has no two stages
+            picked = machine.pick(task.handoffs(count, split=split))
+            names = [device.name for device in picked.devices]
+            for plan in plans(names, steps, split=split):
+                yield Forecast.make(plan, task, times, picked)
 
 
 def best_plan(machine: Machine, task: Task, times_of: TimesOf, plan: str | None = None) -> Forecast:
@@ -170,7 +188,7 @@ def best_plan(machine: Machine, task: Task, times_of: TimesOf, plan: str | None 
         count = plan.count(",") + 1
         if count > len(machine.devices):
             raise InputError(f"the plan {plan} has {count} stages for {len(machine.devices)} devices; give more --gpus")
-        picked = machine.pick(count, task.handoff_bytes)
+        picked = machine.pick(task.handoffs(count, split=plan.endswith(SECOND)))
         parsed = parse_plan(plan, [device.name for device in picked.devices])
         if parsed.steps != len(times.step_ms):
             raise InputError(f"the plan {plan} has {parsed.steps} steps, the schedule {len(times.step_ms)}")

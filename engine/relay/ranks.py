@@ -101,7 +101,7 @@ class RankServer:
         except Exception as error:
             fault, stage = str(portable(error, self.name)), None
         if stage is not None:
-            links = self.group.links(self.plan, spec, stage.device, stage.dtype)
+            links = self.group.links(self.plan, stage)
             loop = make_loop(self.group.rank, stage, *links, self._emit)
             self._worker = LocalWorker(loop, [link for link in links if link is not None])
         self.channel.put(Ready(fault))
@@ -202,7 +202,7 @@ class Leader:
             self._line.close()
         for worker in self.workers:
             worker.channel.put(Build(spec))
-        _, target = self.group.links(self.plan, spec, stage.device, stage.dtype)
+        _, target = self.group.links(self.plan, stage)
         shapes = spec.parcel_of(self.plan.stages[0])
         entry = make_local_link(shapes, stage.device, stage.dtype, [stage.device])
         line = Pipeline(self.plan, spec, entry, places=places, observe=observe)

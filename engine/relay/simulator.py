@@ -99,7 +99,7 @@ class _Stage:
         self._working = True
         self.line.clock.at(now + self._seconds(command), lambda: self._end(command, now))
         if isinstance(command, Block) and command.block == 0 and self.line.last_step in self.plan.steps:
-            steps = StagePlan(self.plan.steps, False, self.plan.device)
+            steps = StagePlan(self.plan.steps, "", self.plan.device)
             self.line.clock.at(now + 1e-3 * self.line.times.block_ms(steps, 0), lambda: self.line.clean(command.serial))
         if isinstance(command, Block):
             self.source.full -= 1

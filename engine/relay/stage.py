@@ -1,4 +1,4 @@
-"""A stage: its denoising steps, and the VAE where it has it, on one device, with the memory of every session there."""
+"""A stage: its denoising steps, and the VAE or a piece of it, on one device, with the memory of every session there."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from liverelay.engine.models.geometry import Geometry, reference_position
 from liverelay.engine.models.layers import TextCondition
 from liverelay.engine.models.sampler import Schedule, make_schedule
 from liverelay.engine.models.vae import CHUNK, STRIDE, VAE
+from liverelay.engine.models.vae_config import FIRST, SECOND, WHOLE, VAEConfig
 from liverelay.engine.models.vae_layers import FeatureCache
 from liverelay.engine.relay.graph import Graphs
 from liverelay.engine.relay.handoff import Parcel
@@ -33,26 +34,31 @@ NOBODY = -1
 class LineSpec:
     """What all stages of a line agree on: sizes, the stream's rules, the noise levels, the parts of a parcel.
 
-    parcel: shapes of what comes with a block; `latent`, and for stages that denoise `audio` (and `pose`).
+    parcel: shapes of what comes with a block; `latent`, and for stages that denoise `audio` (and `pose`). features: of
+    what comes instead to the second piece of the VAE; empty on lines without a VAE.
     """
 
     geometry: Geometry
     stream: StreamConfig
     schedule: Schedule
     parcel: Mapping[str, tuple[int, ...]]
+    features: tuple[int, ...] = ()
 
     @classmethod
     def make(
         cls, geometry: Geometry, stream: StreamConfig, audio: tuple[int, ...], *, schedule: Schedule | None = None,
-        pose: bool = False, channels: int = 16,
+        pose: bool = False, channels: int = 16, vae: VAEConfig | None = None,
     ) -> LineSpec:
         """audio: shape of a block's features [S, states, A, 4 F]."""
         latent = (channels, geometry.frames_per_block, geometry.latent_h, geometry.latent_w)
         parts = {"latent": latent, "audio": audio} | ({"pose": latent} if pose else {})
-        return cls(geometry, stream, schedule or make_schedule(stream.steps, stream.shift), parts)
+        features = vae.handoff(*latent[1:]) if vae else ()
+        return cls(geometry, stream, schedule or make_schedule(stream.steps, stream.shift), parts, features)
 
     def parcel_of(self, plan: StagePlan) -> Mapping[str, tuple[int, ...]]:
         """Parts of the parcels that a stage is given."""
+        if plan.decode == SECOND and self.features:
+            return {"features": self.features}
         return self.parcel if plan.steps else {"latent": self.parcel["latent"]}
 
 
@@ -69,7 +75,7 @@ class Place:
             self.arenas = {step: dit.make_arena(geometry) for step in stage.plan.steps}
             self.text = dit.make_text()
         if vae is not None:
-            self.decoder = vae.new_decoder(geometry.latent_h, geometry.latent_w)
+            self.decoder = vae.new_decoder(geometry.latent_h, geometry.latent_w, stage.plan.decode)
 
     def tensors(self) -> Tensors:
         """All of it by name; a step's arena has the same name whatever stage the step is in."""
@@ -81,7 +87,7 @@ class Place:
 
 
 class Stage:
-    """The work of one stage. `parcel` holds the block that it works on, in place.
+    """The work of one stage. `parcel` holds the block that it works on, in place; `outgoing` goes on when it is done.
 
     dit: where it has steps, vae: where it decodes, both on its device; without one, latents stay latents. The buffers
     that a block-step works in, and the shadow in which the sink of a new reference is made, belong to the stage:
@@ -93,7 +99,7 @@ class Stage:
     ) -> None:
         self.plan, self.spec, self.device, self.dtype = plan, spec, numbered(plan.device), dtype
         self.dit, self.vae = (dit if plan.steps else None), (vae if plan.decode else None)
-        self.parcel = Parcel(spec.parcel_of(plan), self.device, self.dtype)
+        self.parcel = self.outgoing = Parcel(spec.parcel_of(plan), self.device, self.dtype)
         self.graphs = Graphs(self.device)
         self.places: dict[int, Place] = {}
         self.shadow_of = NOBODY  # the place whose next sink the shadow holds
@@ -104,9 +110,21 @@ class Stage:
             self.shadow = self.dit.make_arena(spec.geometry, sink_only=True)
             self.audio = self.dit.audio_condition(self.parcel.parts["audio"], spec.geometry.frames_per_block)
         if self.vae is not None:
-            frames, h, w = self.parcel.parts["latent"].shape[1:]
+            self._make_decoding(self.vae)
+
+    def _make_decoding(self, vae: VAE) -> None:
+        """What decoding works in beside a session's cache: the video of the block that was decoded last; between two
+        pieces the features, in the decoder's own dtype; for the second one a first one's cache (see `_prime`)."""
+        _, frames, h, w = self.spec.parcel["latent"]
+        if self.plan.makes_video:
             video = (CHUNK * frames, STRIDE * h, STRIDE * w, 3)
-            self.video = torch.empty(video, device=self.device, dtype=torch.uint8)  # of the block that was decoded last
+            self.video = torch.empty(video, device=self.device, dtype=torch.uint8)
+        if self.plan.decode != WHOLE:
+            self.outgoing = Parcel({"features": self.spec.features}, self.device, vae.features_dtype)
+            self.features = vae.as_features(self.outgoing.parts["features"])
+        if self.plan.decode == SECOND:
+            self.parcel = self.outgoing
+        self.before = vae.new_decoder(h, w, FIRST) if self.plan.decode == SECOND else FeatureCache()
 
     @property
     def last_step(self) -> bool:
@@ -135,9 +153,18 @@ class Stage:
             for arena in others:
                 arena.copy_sink(first)
         if self.vae is not None and place.decoder is not None:
-            place.decoder.reset()
-            self.vae.prime(place.decoder, motion[:, : stream.prime_latents])
+            self._prime(self.vae, place.decoder, motion[:, : stream.prime_latents])
         return place
+
+    def _prime(self, vae: VAE, decoder: FeatureCache, motion: Tensor) -> None:
+        """Warm a new stream's decoder up. A second piece computes what the first one would give it itself, while that
+        does so for its own, so that nothing but blocks goes over links."""
+        for cache in (decoder, self.before):
+            cache.reset()
+        if self.plan.decode == FIRST:
+            return vae.decode_first(motion, decoder)
+        vae.prime(FeatureCache(self.before.buffers | decoder.buffers), motion)
+        decoder.first = False
 
     def warm_up(self, number: int) -> None:
         """Capture what a place will need, on whatever its memory holds: the session that is opened then clears it.
@@ -208,21 +235,28 @@ class Stage:
 
     def decode(self, number: int, block: int) -> Tensor | None:
         """The video of the parcel's latent, bytes [n, H, W, 3], until the next block is decoded; the stream's first
-        frames are left out (spec 2.5)."""
+        frames are left out (spec 2.5). Nothing where the next stage makes it."""
         decoder = self.places[number].decoder
         if self.vae is None or decoder is None:
             return None
-        first, count = decoder.first, len(self.video)
+        first = decoder.first
         self.graphs.run((number, "decode", first), functools.partial(self._decode, decoder, first))
         decoder.first = False  # a replayed graph sets nothing on the host
-        count -= (CHUNK - 1) * first
+        if not self.plan.makes_video:
+            return None
+        count = len(self.video) - (CHUNK - 1) * first
         return self.video[self.spec.stream.dropped_frames if block == 0 else 0 : count]
 
     def _decode(self, decoder: FeatureCache, first: bool) -> None:
         """What a graph holds. first: as it was when the block came, whoever has run meanwhile."""
         assert self.vae is not None
         decoder.first = first
-        frames = self.vae.decode(self.parcel.parts["latent"], decoder)
+        if self.plan.decode == FIRST:
+            return self.vae.decode_first(self.parcel.parts["latent"], decoder, self.features)
+        if self.plan.decode == SECOND:
+            frames = self.vae.decode_second(self.features, self.spec.parcel["latent"][1], decoder)
+        else:
+            frames = self.vae.decode(self.parcel.parts["latent"], decoder)
         self.vae.to_uint8(frames, self.video[: frames.shape[1]])
 
     # -- snapshots -------------------------------------------------------------------------------------------------

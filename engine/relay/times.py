@@ -58,20 +58,23 @@ class StageTimes:
         """A stage's work on a block: the first blocks of a session attend to a part of the arena only."""
         missing = 1.0 - SHARES[min(block, len(SHARES) - 1)]
         steps = sum(self.step_ms[step] - missing * self.attention_ms for step in stage.steps)
-        return steps + (self.vae_ms if stage.decode else 0.0)
+        return steps + self.vae_ms * stage.vae_share
 
     def open_ms(self, stage: StagePlan) -> float:
-        """A stage's work on a new session."""
-        return (self.prefill_ms if stage.steps else 0.0) + (self.prime_ms if stage.decode else 0.0)
+        """A stage's work on a new session; whoever makes the video warms up with all of the VAE."""
+        share = 1.0 if stage.makes_video else stage.vae_share
+        return (self.prefill_ms if stage.steps else 0.0) + self.prime_ms * share
 
     def sink_ms(self, stage: StagePlan) -> float:
         """A stage's work on the sink of a new reference."""
         return self.prefill_ms if stage.steps else 0.0
 
     def state(self, *stages: StagePlan) -> str:
-        """The least sure of the figures that these stages' times are made of."""
+        """The least sure of the figures that these stages' times are made of; a piece of the VAE is estimated."""
         names = [name for stage in stages for name, has in (("step_ms", stage.steps), ("vae_ms", stage.decode)) if has]
-        return max((self.states.get(name, GIVEN) for name in names), key=(MEASURED, GIVEN, ESTIMATE, TARGET).index)
+        states = [self.states.get(name, GIVEN) for name in names]
+        states += [ESTIMATE for stage in stages if 0 < stage.vae_share < 1]
+        return max(states, key=(MEASURED, GIVEN, ESTIMATE, TARGET).index)
 
 
 def geometry_of(size: tuple[int, int]) -> Geometry:
