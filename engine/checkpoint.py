@@ -1,7 +1,8 @@
 """Finding the published files on disk: the base model's folder and the LoRA beside or inside it.
 
 Layout of the base model, as published: config.json, diffusion_pytorch_model*.safetensors (+ index), Wan2.1_VAE.pth,
-models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/, wav2vec2-large-xlsr-53-english/.
+models_t5_umt5-xxl-enc-bf16.pth, google/umt5-xxl/, wav2vec2-large-xlsr-53-english/. The two pickled files may be
+safetensors instead.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from liverelay.engine.models.lora import MergedSource
 from liverelay.engine.models.weights import TensorSource, check_dit, is_quantized, open_sharded
 
 DIT_STEM = "diffusion_pytorch_model"
+BUNDLED = Path(__file__).parent / "bundled"  # small checkpoints that come with the package, by name
 LORA_FOLDERS = ("LiveAvatar", "Live-Avatar", "lora")
 
 
@@ -34,11 +36,15 @@ class CheckpointFiles:
 
     @property
     def vae(self) -> Path:
-        return self.folder / "Wan2.1_VAE.pth"
+        return self._table("Wan2.1_VAE")
 
     @property
     def text(self) -> Path:
-        return self.folder / "models_t5_umt5-xxl-enc-bf16.pth"
+        return self._table("models_t5_umt5-xxl-enc-bf16")
+
+    def _table(self, stem: str) -> Path:
+        safe = self.folder / f"{stem}.safetensors"
+        return safe if safe.is_file() else self.folder / f"{stem}.pth"
 
     @property
     def tokenizer(self) -> Path:
@@ -87,11 +93,13 @@ class CheckpointFiles:
 
 
 def find_checkpoint(folder: Path, lora: Path | str | None = None) -> CheckpointFiles:
-    """Locate the parts. `folder` is the base model's folder, or one that holds it.
+    """Locate the parts. `folder` is the base model's folder, or one that holds it, or the name of a bundled model.
 
     lora: a file, "none", or None to look for the one safetensors file in a folder called LiveAvatar inside or beside
     the base model's. CheckpointError when the folder is no checkpoint or the choice is not clear.
     """
+    if not folder.is_dir() and len(folder.parts) == 1 and (BUNDLED / folder / "config.json").is_file():
+        folder = BUNDLED / folder
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json and the weights")
     base = folder

@@ -21,7 +21,7 @@ from liverelay.engine.models.geometry import LONGEST_SIDE, Geometry, check_size
 from liverelay.engine.models.image import as_image, choose_size, prepare_image
 from liverelay.engine.models.text import TextEncoder
 from liverelay.engine.models.vae import VAE
-from liverelay.engine.models.weights import open_pth
+from liverelay.engine.models.weights import open_tensors
 from liverelay.engine.relay.messages import Tensors
 from liverelay.engine.relay.pipeline import Observer, Pipeline, local_pipeline
 from liverelay.engine.relay.plan import Plan, balanced_plan
@@ -258,7 +258,7 @@ class Engine:
         return self._texts[prompt]
 
     def _text_states(self, prompt: str) -> Tensor:
-        config, dit, weights = self.dit.config, self.dit, open_pth(self.loader.files.text)
+        config, dit, weights = self.dit.config, self.dit, open_tensors(self.loader.files.text)
         encoder = TextEncoder.load(
             weights, self.loader.files.tokenizer, device=dit.device, dtype=dit.dtype, text_len=config.text_len
         )

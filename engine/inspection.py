@@ -35,7 +35,7 @@ from liverelay.engine.models.weights import (
     check_dit,
     check_shapes,
     is_quantized,
-    open_pth,
+    open_tensors,
     open_sharded,
 )
 
@@ -107,7 +107,7 @@ def inspect_checkpoint(
         return source.shapes
 
     def vae() -> Mapping[str, tuple[int, ...]]:
-        shapes = _shapes(open_pth(files.vae))
+        shapes = _shapes(open_tensors(files.vae))
         check_shapes(shapes, expected_shapes(VAEConfig.from_shapes(shapes)), "the VAE")
         vae_shapes.update(shapes)
         return shapes
@@ -140,6 +140,8 @@ def _look(name: str, path: Path, read: Callable[[], Mapping[str, tuple[int, ...]
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    if isinstance(tensors, TensorSource):
+        return dict(tensors.shapes)
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
@@ -160,7 +162,7 @@ def _audio(files: CheckpointFiles) -> dict[str, tuple[int, ...]]:
 
 
 def _text(files: CheckpointFiles) -> dict[str, tuple[int, ...]]:
-    shapes = _shapes(open_pth(files.text))
+    shapes = _shapes(open_tensors(files.text))
     text_sizes(shapes)
     return shapes
 

@@ -24,7 +24,7 @@ from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.log_mel import load_encoder
 from liverelay.engine.models.vae import VAE
-from liverelay.engine.models.weights import is_quantized, open_pth
+from liverelay.engine.models.weights import is_quantized, open_tensors
 from liverelay.kernels import dispatch
 from liverelay.kernels.attention_backends import named
 
@@ -88,7 +88,7 @@ class Loader:
 
     def vae(self, device: str) -> VAE:
         self.say("loading the VAE")
-        return VAE.load(open_pth(self.files.vae), device=device, dtype=self.dtype, backend=self.operators)
+        return VAE.load(open_tensors(self.files.vae), device=device, dtype=self.dtype, backend=self.operators)
 
     def audio(self, device: str, config: DiTConfig) -> AudioEncoder:
         """The encoder of sound, which must fit the transformer."""

@@ -107,22 +107,26 @@ def random_dit(config: DiTConfig, generator: torch.Generator) -> dict[str, Tenso
     return {key: _dit_tensor(key, shape, generator).bfloat16() for key, shape in shapes.items()}
 
 
+def published_config(config: DiTConfig) -> dict[str, object]:
+    """The content of config.json, in the published names."""
+    return {
+        "_class_name": "WanModel_S2V", "model_type": "s2v", "dim": config.dim, "ffn_dim": config.ffn_dim,
+        "num_heads": config.num_heads, "num_layers": config.num_layers, "freq_dim": config.freq_dim,
+        "audio_dim": config.audio_dim, "audio_inject_layers": list(config.audio_inject_layers),
+        "num_audio_token": config.num_audio_tokens, "in_dim": config.in_channels, "out_dim": config.in_channels,
+        "cond_dim": config.cond_channels, "eps": config.eps, "text_len": config.text_len, "enable_adain": True,
+        "adain_mode": "attn_norm", "zero_init": True, "zero_timestep": True, "enable_motioner": False,
+        "add_last_motion": True, "enable_tsm": False, "trainable_token_pos_emb": False, "motion_token_num": 1024,
+        "enable_framepack": True, "framepack_drop_mode": "padd",
+    }  # fmt: skip
+
+
 def _write_dit(files: CheckpointFiles, sizes: Preset, generator: torch.Generator) -> None:
     config = DiTConfig(
         dim=sizes.dim, ffn_dim=sizes.ffn_dim, num_heads=sizes.num_heads, num_layers=sizes.num_layers,
         audio_inject_layers=sizes.audio_inject_layers, text_dim=sizes.text_dim, audio_dim=sizes.audio_dim,
     )
-    published = {
-        "_class_name": "WanModel_S2V", "model_type": "s2v", "dim": config.dim, "ffn_dim": config.ffn_dim,
-        "num_heads": config.num_heads, "num_layers": config.num_layers, "freq_dim": config.freq_dim,
-        "audio_dim": config.audio_dim, "audio_inject_layers": list(config.audio_inject_layers),
-        "num_audio_token": config.num_audio_tokens, "in_dim": 16, "out_dim": 16, "cond_dim": 16, "eps": 1e-6,
-        "text_len": config.text_len, "enable_adain": True, "adain_mode": "attn_norm", "zero_init": True,
-        "zero_timestep": True, "enable_motioner": False, "add_last_motion": True, "enable_tsm": False,
-        "trainable_token_pos_emb": False, "motion_token_num": 1024, "enable_framepack": True,
-        "framepack_drop_mode": "padd",
-    }  # fmt: skip
-    files.config.write_text(json.dumps(published, indent=2) + "\n")
+    files.config.write_text(json.dumps(published_config(config), indent=2) + "\n")
     tensors = random_dit(config, generator)
     keys, weight_map = list(tensors), dict[str, str]()
     for i in range(SHARDS):

@@ -86,6 +86,11 @@ def open_pth(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def open_tensors(path: Path) -> Mapping[str, torch.Tensor]:
+    """A file of the published kind (pickled) or the same table as safetensors, by its name's ending."""
+    return TensorSource([path]) if path.suffix == ".safetensors" else open_pth(path)
+
+
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file aside and rename it, readable by whom the user's umask says. OutputError in one line."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")

@@ -1,0 +1,45 @@
+"""A trained model as a checkpoint that the engine loads: `python -m distill.export --dit RUN --vae FILE --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from distill.clips import VOCABULARY
+from distill.run import load_average
+from distill.toon import DIT, write_front_ends
+from liverelay.engine.checkpoint import DIT_STEM
+from liverelay.engine.make_checkpoint import published_config
+from liverelay.engine.models.weights import save_tensors
+
+
+def export(dit: dict[str, torch.Tensor], vae: dict[str, torch.Tensor], out: Path) -> None:
+    """Write all parts to the folder `out`, weights in bfloat16."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(published_config(DIT), indent=2) + "\n")
+    for name, weights in ((DIT_STEM, dit), ("Wan2.1_VAE", vae)):
+        tensors = {key: weight.bfloat16().contiguous() for key, weight in weights.items()}
+        save_tensors(out / f"{name}.safetensors", tensors)
+    write_front_ends(
+        out / "models_t5_umt5-xxl-enc-bf16.safetensors", out / "google" / "umt5-xxl",
+        out / "wav2vec2-large-xlsr-53-english", list(VOCABULARY),
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dit", type=Path, required=True, help="the folder of a training run")
+    parser.add_argument("--vae", type=Path, required=True, help="vae.safetensors of train_vae")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    export(load_average(given.dit), load_file(given.vae), given.out)
+    size = sum(path.stat().st_size for path in given.out.rglob("*") if path.is_file())
+    print(f"{given.out}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
