@@ -56,8 +56,7 @@ class Examples:
         with tempfile.TemporaryDirectory() as temporary:
             encoder = text_encoder(list(VOCABULARY), Path(temporary))
             states = {prompt: encoder.encode(prompt) for prompt in sorted(set(prompts))}
-        padded = {p: F.pad(state, (0, 0, 0, DIT.text_len - len(state))) for p, state in states.items()}
-        return cls(*arrays, torch.stack([padded[prompt] for prompt in prompts]))
+        return cls(*arrays, torch.stack([padded(states[prompt]) for prompt in prompts]))
 
     def __len__(self) -> int:
         return len(self.text)
@@ -86,6 +85,11 @@ class Examples:
         return torch.from_numpy(np.array(array, dtype=np.float32))
 
 
+def padded(states: Tensor) -> Tensor:
+    """A prompt's states [n, text_dim] with zero rows up to text_len, which take part as published."""
+    return F.pad(states, (0, 0, 0, DIT.text_len - len(states)))
+
+
 def video(frames: np.ndarray) -> Tensor:
     """uint8 [..., T, H, W, 3] -> [..., 3, T, H, W] in [-1, 1]."""
     return torch.from_numpy(frames).movedim(-1, -4).float() / 127.5 - 1
@@ -101,7 +105,7 @@ def features(sound: np.ndarray, frames: int) -> Tensor:
 def encode(vae: VideoVAE, made: Clip) -> tuple[Tensor, Tensor]:
     """Latents of the video after its first frames, and of the still."""
     with torch.autocast("cpu", torch.bfloat16):
-        moving = vae.encode(video(made.frames)[None])[0]
+        moving = vae.encode(video(made.frames_uint8)[None])[0]
         still = vae.encode(video(made.still[None]).expand(-1, STILL_FRAMES, -1, -1)[None])[0]
     return moving[:, -LATENTS:], still
 

@@ -63,7 +63,7 @@ def matching_loss(clean: Tensor, teacher: Flow, fake: Flow, given: Sequence, spa
 
 def train(
     examples: Examples, out: Path, *, teacher_run: Path, student_run: Path, steps: int, minutes: float, batch: int,
-    rate: float, compiled: bool, seed: int, corruption: float = CORRUPTION,
+    rate: float, seed: int, corruption: float = CORRUPTION,
 ) -> None:
     torch.manual_seed(seed)
     teacher, fake, student = (VideoDiT(DIT) for _ in range(3))
@@ -80,10 +80,6 @@ def train(
     run.keep(
         model=student, fake=fake, average=average, optimiser=optimisers["student"], fake_optimiser=optimisers["fake"]
     )
-    flows = {
-        name: torch.compile(model, dynamic=False) if compiled else model
-        for name, model in (("teacher", teacher), ("fake", fake), ("student", student))
-    }
     sums = {"matching": 0.0, "fake": 0.0}
     for step in run.steps(steps):
         rng = np.random.default_rng([seed, 2, step])
@@ -93,11 +89,11 @@ def train(
             name = "student" if turn == FAKE_STEPS else "fake"
             sigma = shifted(torch.from_numpy(rng.uniform(0.02, 0.98, batch).astype(np.float32)))
             with torch.autocast("cpu", torch.bfloat16):
-                clean = sample(flows["student"], rng, given, span, train=name == "student")
+                clean = sample(student, rng, given, span, train=name == "student")
                 if name == "student":
-                    loss = matching_loss(clean, flows["teacher"], flows["fake"], given, whole(span), sigma)
+                    loss = matching_loss(clean, teacher, fake, given, whole(span), sigma)
                 else:
-                    loss = flow_loss(flows["fake"], clean, sigma, given.condition, whole(span))
+                    loss = flow_loss(fake, clean, sigma, given.condition, whole(span))
             loss.backward()
             torch.nn.utils.clip_grad_norm_((student if name == "student" else fake).parameters(), 1.0)
             optimisers[name].step()
@@ -117,13 +113,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rate", type=float, default=5e-5)
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     train(
         Examples.open(given.data), given.out, teacher_run=given.teacher, student_run=given.student,
-        steps=given.steps, minutes=given.minutes, batch=given.batch, rate=given.rate, compiled=not given.eager,
-        seed=given.seed,
+        steps=given.steps, minutes=given.minutes, batch=given.batch, rate=given.rate, seed=given.seed,
     )  # fmt: skip
 
 

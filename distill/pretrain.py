@@ -49,7 +49,7 @@ def sequences(examples: Examples, rng: np.random.Generator, count: int, span: Sp
 
 def train(
     examples: Examples, out: Path, *, begin: Path | None, steps: int, minutes: float, batch: int, rate: float,
-    compiled: bool, seed: int, corruption: float = CORRUPTION,
+    seed: int, corruption: float = CORRUPTION,
 ) -> None:
     torch.manual_seed(seed)
     causal = begin is not None
@@ -60,14 +60,13 @@ def train(
     average = Average(model, 0.999)
     run = Run(out, minutes=minutes)
     run.keep(model=model, optimiser=optimiser, average=average)
-    flow = torch.compile(model, dynamic=False) if compiled else model
     total = 0.0
     for step in run.steps(steps):
         rng = np.random.default_rng([seed, causal, step])
         span = random_span(rng, batch, causal, corruption)
         given = sequences(examples, rng, batch, span)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = flow_loss(flow, given.latents, noise_levels(rng, batch, causal), given.condition, span)
+            loss = flow_loss(model, given.latents, noise_levels(rng, batch, causal), given.condition, span)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimiser.param_groups:
@@ -90,12 +89,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--batch", type=int, default=6)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     train(
         Examples.open(given.data), given.out, begin=given.begin, steps=given.steps, minutes=given.minutes,
-        batch=given.batch, rate=given.rate, compiled=not given.eager, seed=given.seed,
+        batch=given.batch, rate=given.rate, seed=given.seed,
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ class Run:
     def log(self, **values: float | Tensor) -> None:
         """A line of the log, also printed."""
         line = {"step": self.step, "seconds": round(self.seconds, 1)}
-        line |= {name: float(f"{float(value):.5g}") for name, value in values.items()}
+        line |= {name: float(f"{float(torch.as_tensor(value).detach()):.5g}") for name, value in values.items()}
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)

@@ -46,30 +46,37 @@ def crops(pixels: np.ndarray, rng: np.random.Generator, *, batch: int, frames: i
     return video.float() / 127.5 - 1
 
 
-def train(pixels: np.ndarray, out: Path, *, steps: int, minutes: float, compiled: bool, seed: int) -> None:
+def piece(step: int, images: int) -> dict[str, int]:
+    """What a step learns from: pictures at first, since all convolutions begin without a memory; then clips that are
+    longer than what the encoder keeps. Small pieces, and whole pictures now and then, whose positions the attention
+    must know too."""
+    whole = step % 8 == 7
+    if step < images:
+        return {"batch": 4, "frames": 1, "size": 128} if whole else {"batch": 16, "frames": 1, "size": 64}
+    return {"batch": 1, "frames": 13, "size": 128} if whole else {"batch": 3, "frames": 17, "size": 64}
+
+
+def train(pixels: np.ndarray, out: Path, *, images: int, steps: int, minutes: float, seed: int) -> None:
     torch.manual_seed(seed)
     model = VideoVAE(VAE)
-    optimiser = torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.98), weight_decay=1e-4)
-    average = Average(model, 0.999)
+    optimiser = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.98), weight_decay=1e-4)
+    average = Average(model, 0.998)
     run = Run(out, minutes=minutes)
     run.keep(model=model, optimiser=optimiser, average=average)
-    measure = torch.compile(loss_of, dynamic=False) if compiled else loss_of
     for step in run.steps(steps):
         rng = np.random.default_rng([seed, step])
-        # Mostly small pieces; whole pictures now and then, whose positions the attention must know too.
-        whole = step % 16 == 15
-        video = crops(pixels, rng, **(dict(batch=1, frames=9, size=128) if whole else dict(batch=4, frames=9, size=64)))
-        latent = (len(video), VAE.z_dim, 3, video.shape[3] // 8, video.shape[4] // 8)
-        noise = 0.15 * torch.from_numpy(rng.standard_normal(latent, dtype=np.float32))
-        loss, error, size = measure(model, video, noise)
+        video = crops(pixels, rng, **piece(step, images))
+        latent = (len(video), VAE.z_dim, (video.shape[2] + 3) // 4, video.shape[3] // 8, video.shape[4] // 8)
+        noise = 0.1 * torch.from_numpy(rng.standard_normal(latent, dtype=np.float32))
+        loss, error, size = loss_of(model, video, noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * cosine(step, steps)
+            group["lr"] = 3e-3 * cosine(step, steps)
         optimiser.step()
         optimiser.zero_grad()
         average.update(model, step)
-        if step % 50 == 0:
+        if step % 50 == 49:
             run.log(loss=loss, error=error, size=size)
 
 
@@ -107,13 +114,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pixels", type=Path, required=True, help="clips as written by dataset pixels")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--images", type=int, default=6000, help="steps on single pictures, the first ones")
+    parser.add_argument("--steps", type=int, default=12000, help="steps in all")
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     pixels = np.load(given.pixels, mmap_mode="r")
-    train(pixels, given.out, steps=given.steps, minutes=given.minutes, compiled=not given.eager, seed=given.seed)
+    train(pixels, given.out, images=given.images, steps=given.steps, minutes=given.minutes, seed=given.seed)
     print(finish(given.out, pixels))
 
 

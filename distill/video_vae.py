@@ -28,12 +28,17 @@ class Norm(nn.Module):
 
 
 class CausalConv(nn.Conv3d):
-    """3x3x3, two zero frames before the clip."""
+    """3x3x3, two zero frames before the clip. It begins as a convolution of each frame by itself."""
 
     def __init__(self, inner: int, out: int) -> None:
         super().__init__(inner, out, 3, padding=(0, 1, 1))
+        with torch.no_grad():
+            self.weight[:, :, :2] = 0
+            self.weight[:, :, 2] *= 3**0.5
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] == 1:  # a picture: both frames before it are zero
+            return F.conv2d(x[:, :, 0], self.weight[:, :, 2], self.bias, padding=1).unsqueeze(2)
         return super().forward(F.pad(x, (0, 0, 0, 0, 2, 0)))
 
 
@@ -77,7 +82,12 @@ class Resample(nn.Module):
         self.kind = kind
         self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(inner, out, 3))
         if kind.endswith("3d"):
-            self.time_conv = nn.Conv3d(inner, inner * (2 if kind == "up3d" else 1), (3, 1, 1))
+            copies = 2 if kind == "up3d" else 1
+            self.time_conv = nn.Conv3d(inner, inner * copies, (3, 1, 1))
+            with torch.no_grad():  # it begins by taking, or doubling, the latest frame
+                self.time_conv.weight.zero_()
+                self.time_conv.weight[:, :, 2, 0, 0] = torch.eye(inner).repeat(copies, 1)
+                self.time_conv.bias.zero_()
 
     def spatial(self, x: Tensor) -> Tensor:
         b, c, t, h, w = x.shape

@@ -35,8 +35,8 @@ from liverelay.engine.models.weights import (
     check_dit,
     check_shapes,
     is_quantized,
-    open_tensors,
     open_sharded,
+    open_tensors,
 )
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}

@@ -1,0 +1,167 @@
+"""The training programs: they go on where they stopped, change what they should and nothing else, and learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from distill import dmd, pretrain, train_vae
+from distill.data import LATENTS, Examples
+from distill.dmd import matching_loss, whole
+from distill.flow import many_steps, mixed
+from distill.pretrain import random_span, sequences
+from distill.run import Average, Run, cosine, load_average
+from distill.toon import BANDS, DIT, VAE
+from distill.video_dit import Condition, Span, VideoDiT
+from distill.video_vae import VideoVAE
+
+
+@pytest.fixture
+def examples(numbers: np.random.Generator) -> Examples:
+    """Random arrays in the form of a data folder, of pictures of 64x64."""
+
+    def random(*shape: int) -> np.ndarray:
+        return numbers.standard_normal(shape).astype(np.float16)
+
+    text = torch.from_numpy(random(4, DIT.text_len, DIT.text_dim)).float()
+    return Examples(random(4, 16, LATENTS, 8, 8), random(4, 16, 7, 8, 8), random(4, BANDS, 4 * LATENTS), text)
+
+
+@pytest.fixture
+def clips(numbers: np.random.Generator) -> np.ndarray:
+    """Flat squares that slide over flat backgrounds, uint8 [N, T, H, W, 3]."""
+    video = np.empty((4, 17, 128, 128, 3), np.uint8)
+    video[:] = numbers.integers(0, 256, (4, 1, 1, 1, 3))
+    for n in range(4):
+        left, top, colour = numbers.integers(0, 60), numbers.integers(0, 90), numbers.integers(0, 256, 3)
+        for t in range(17):
+            video[n, t, top : top + 30, left + 2 * t : left + 2 * t + 30] = colour
+    return video
+
+
+def weights_of(folder: Path) -> Tensor:
+    return torch.cat([weight.flatten() for weight in load_average(folder).values()])
+
+
+def teach(examples: Examples, out: Path, steps: int, begin: Path | None = None) -> Path:
+    pretrain.train(examples, out, begin=begin, steps=4, minutes=steps, batch=2, rate=1e-3, seed=3)
+    return out
+
+
+def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(
+    examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are seeded one by one, so the two differ in nothing but the state that was saved."""
+    monkeypatch.setattr(pretrain, "flow_loss", seeded_loss(pretrain.flow_loss))
+    straight = teach(examples, tmp_path / "straight", 5)
+    whole_run = Run.steps
+
+    def two(self: Run, until: int) -> object:
+        return whole_run(self, min(until, self.step + 2))
+
+    monkeypatch.setattr(Run, "steps", two)
+    for _ in range(2):
+        teach(examples, tmp_path / "cut", 5)
+    assert torch.equal(weights_of(straight), weights_of(tmp_path / "cut"))
+
+
+def seeded_loss(loss: object) -> object:
+    """The loss with noise that depends on what it is given, since a run does not save torch's own generator."""
+
+    def seeded(model: VideoDiT, clean: Tensor, *rest: object) -> Tensor:
+        torch.manual_seed(int(clean.double().abs().sum() * 1000) % (1 << 31))
+        return loss(model, clean, *rest)  # type: ignore[operator]
+
+    return seeded
+
+
+def test_a_causal_student_begins_with_its_teachers_weights(examples: Examples, tmp_path: Path) -> None:
+    teacher = teach(examples, tmp_path / "teacher", 5)
+    pretrain.train(examples, tmp_path / "s", begin=teacher, steps=0, minutes=5, batch=2, rate=1e-3, seed=3)
+    assert torch.equal(weights_of(teacher), weights_of(tmp_path / "s"))
+
+
+def test_distillation_changes_student_and_fake_score_and_leaves_the_teacher(examples: Examples, tmp_path: Path) -> None:
+    teacher = teach(examples, tmp_path / "teacher", 5)
+    before = (teacher / "state.pt").read_bytes()
+    dmd.train(
+        examples, tmp_path / "dmd", teacher_run=teacher, student_run=teacher, steps=1, minutes=5, batch=2, rate=1e-4,
+        seed=3,
+    )  # fmt: skip
+    state = torch.load(tmp_path / "dmd" / "state.pt", weights_only=True)
+    for part in ("model", "fake"):
+        changed = [not torch.equal(state[part][name], weight) for name, weight in load_average(teacher).items()]
+        assert sum(changed) > 200, part
+    assert (teacher / "state.pt").read_bytes() == before
+
+
+def test_the_student_follows_the_difference_of_the_scores(examples: Examples, numbers: np.random.Generator) -> None:
+    """Scores that are sure of one video each: the gradient points from the teacher's to the fake one's, at any level."""
+    span = random_span(numbers, 2, True)
+    given = sequences(examples, numbers, 2, span)
+    real, ours = torch.randn_like(given.latents), torch.randn_like(given.latents)
+    sigma = torch.from_numpy(numbers.uniform(0.1, 0.9, 2).astype(np.float32))
+
+    def sure(video: Tensor) -> object:
+        return lambda noisy, *_: (noisy - video) / sigma.view(-1, 1, 1, 1, 1)
+
+    clean = torch.randn_like(real).requires_grad_()
+    matching_loss(clean, sure(real), sure(ours), given, whole(span), sigma).backward()  # type: ignore[arg-type]
+    direction = (ours - real) / (clean.detach() - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(clean.grad, direction / clean.numel(), rtol=1e-3, atol=1e-7)
+
+
+def test_many_steps_along_a_straight_flow_reach_the_clean_latents(rng: torch.Generator) -> None:
+    clean, noise = (torch.randn(2, 16, 3, 8, 8, generator=rng) for _ in range(2))
+    nothing, span = Condition(*(torch.empty(0),) * 4), Span(torch.zeros(2), torch.zeros(2, 1))
+    out = many_steps(lambda *_: noise - clean, noise, nothing, span, 7)  # type: ignore[arg-type]
+    torch.testing.assert_close(out, clean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mixed(clean, noise, torch.tensor([0.0, 1.0]))[1], noise[1])
+
+
+def test_the_vae_learns(clips: np.ndarray, tmp_path: Path) -> None:
+    train_vae.train(clips, tmp_path, images=20, steps=24, minutes=5, seed=1)
+    model = VideoVAE(VAE)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    video = train_vae.crops(clips, np.random.default_rng(0), batch=4, frames=9, size=64)
+    with torch.no_grad():
+        untrained = (model.decode(model.encode(video)) - video).abs().mean()
+        model.load_state_dict(state["model"])
+        assert (model.decode(model.encode(video)) - video).abs().mean() < 0.9 * untrained
+
+
+@torch.no_grad()
+def test_whitened_latents_give_the_same_video(clips: np.ndarray) -> None:
+    model = VideoVAE(VAE).requires_grad_(False)
+    for weight in model.parameters():
+        weight.add_(0.05 * torch.randn_like(weight))
+    video = train_vae.crops(clips, np.random.default_rng(0), batch=1, frames=17, size=128)
+    before = model.decode(model.encode(video))
+    train_vae.whiten(model, clips)
+    torch.testing.assert_close(model.decode(model.encode(video)), before, rtol=1e-3, atol=1e-3)
+    codes = torch.cat([
+        model.encode(torch.from_numpy(clip).permute(3, 0, 1, 2)[None].float() / 127.5 - 1)[0, :, 1:].flatten(1)
+        for clip in clips
+    ], dim=1)  # fmt: skip
+    assert float(codes.mean(1).abs().max()) < 0.05 and float((codes.std(1) - 1).abs().max()) < 0.05
+
+
+def test_an_average_follows_its_model() -> None:
+    model = torch.nn.Linear(2, 2)
+    average = Average(model, 0.9)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(1.0)
+    for step in range(200):
+        average.update(model, step)
+    torch.testing.assert_close(average.weights()["weight"], torch.ones(2, 2), rtol=0, atol=1e-6)
+
+
+def test_the_rate_rises_and_falls() -> None:
+    factors = [cosine(step, 1000) for step in range(1000)]
+    assert max(factors) == pytest.approx(1, abs=1e-3) and factors[0] < 0.01 and factors[-1] < 0.06
+    assert factors.index(max(factors)) in range(195, 210)
