@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from liverelay.engine.arguments import add_fp8, positive, size
 from liverelay.engine.config import RankEnvironment, leave, set_process_defaults
 from liverelay.engine.errors import InputError, LiveRelayError, OutputError
 from liverelay.engine.planning import add_planning
+from liverelay.engine.progress import catch_interrupts, ignore_interrupts, uninterrupted
 from liverelay.engine.serving.command import add_serve
 from liverelay.engine.version import __version__
 
@@ -22,12 +22,16 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 well, 1 error, 2 wrong usage, 130 interrupted)."""
+    """Run one command; returns the exit code (0 well, 1 error, 2 wrong usage, 130 interrupted).
+
+    argv: None for those of the process, which then ends with the command.
+    """
     set_process_defaults()
     arguments = _parser().parse_args(argv)
-    # A polite kill ends like Ctrl-C: what is done becomes a playable file.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    catch_interrupts()
     status = _run(arguments)
+    if argv is None:
+        ignore_interrupts()
     if RankEnvironment.read() is not None:
         leave(status)
     return status
@@ -68,13 +72,14 @@ def _explain(error: BaseException) -> str | None:
 
 
 def _generate(a: argparse.Namespace) -> int:
-    from liverelay.engine.config import StreamConfig
-    from liverelay.engine.engine import Engine
-    from liverelay.engine.generate import GenerateOptions, check_outputs, generate, read_inputs
-    from liverelay.engine.golden import DTYPES
-    from liverelay.engine.launch import LineOptions, join, lead, make_plan, serve
-    from liverelay.engine.loading import Loader
-    from liverelay.engine.telemetry import watched
+    with uninterrupted():  # a library that is half imported fails with anything
+        from liverelay.engine.config import StreamConfig
+        from liverelay.engine.engine import Engine
+        from liverelay.engine.generate import GenerateOptions, check_outputs, generate, read_inputs
+        from liverelay.engine.golden import DTYPES
+        from liverelay.engine.launch import LineOptions, join, lead, make_plan, serve
+        from liverelay.engine.loading import Loader
+        from liverelay.engine.telemetry import watched
 
     _set_threads(a.threads)
     line, ranks = LineOptions(a.device, a.plan, a.transport, a.timeout), RankEnvironment.read()

@@ -22,6 +22,7 @@ from liverelay.engine.models.image import as_image, choose_size, prepare_image
 from liverelay.engine.models.text import TextEncoder
 from liverelay.engine.models.vae import VAE
 from liverelay.engine.models.weights import open_pth
+from liverelay.engine.progress import uninterrupted
 from liverelay.engine.relay.messages import Tensors
 from liverelay.engine.relay.pipeline import Observer, Pipeline, local_pipeline
 from liverelay.engine.relay.plan import Plan, balanced_plan
@@ -235,12 +236,13 @@ class Engine:
         return local_pipeline(plan, spec, self._make_stages(geometry), places=self.sessions, observe=self.observe)
 
     def close(self) -> None:
-        """End the stages of all resolutions; open sessions are lost."""
-        self._stages.clear()
-        while self._lines:
-            self._lines.popitem()[1].close()
-        if self.leader is not None:
-            self.leader.close()
+        """End the stages of all resolutions; open sessions are lost. An interrupt waits until it is done."""
+        with uninterrupted():
+            self._stages.clear()
+            while self._lines:
+                self._lines.popitem()[1].close()
+            if self.leader is not None:
+                self.leader.close()
 
     def after_interrupt(self) -> None:
         """StageLost when the interrupt came because another process of the line has died."""

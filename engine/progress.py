@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import TextIO
 
 LINE_EVERY_S = 5.0
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and a polite kill, which ends like it
+PATIENCE_S = 5.0  # after an interrupt, in which another one is the same
 
 
 class Progress:
@@ -61,16 +65,38 @@ def _clock(seconds: float) -> str:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C and a polite kill wait until the body is done; then KeyboardInterrupt is raised."""
+    """Let Ctrl-C and a polite kill wait until the body is done; then one comes."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals go to the main thread only
         return
     came: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in INTERRUPTS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if came:
-        raise KeyboardInterrupt
+        signal.raise_signal(came[0])
+
+
+def catch_interrupts() -> None:
+    """From now on Ctrl-C and a polite kill raise KeyboardInterrupt, but not a second time soon after: what the first
+    one closes and names is not cut. One that was lost can be given again."""
+    last = -math.inf
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > PATIENCE_S:
+            last = now
+            raise KeyboardInterrupt
+
+    for number in INTERRUPTS:
+        signal.signal(number, interrupt)
+
+
+def ignore_interrupts() -> None:
+    """The process is ending: threads that are left half-way would take it down."""
+    for number in INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
