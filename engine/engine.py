@@ -282,6 +282,8 @@ def audio_shape(config: DiTConfig, stream: StreamConfig) -> tuple[int, int, int,
 
 def pick_size(picture: tuple[int, int], size: tuple[int, int] | None, max_area: int) -> tuple[int, int]:
     """(height, width) of the video from (width, height) of the picture and what was asked for; InputError else."""
+    if type(max_area) is not int:
+        raise InputError(f"an area is a whole number of pixels, not {max_area!r}")
     if size is None:
         if max_area < 64 * 64:
             raise InputError(f"an area of {max_area} pixels is too small; the smallest video is 64x64")
@@ -289,7 +291,7 @@ def pick_size(picture: tuple[int, int], size: tuple[int, int] | None, max_area: 
         if max(height, width) > LONGEST_SIDE:
             raise InputError(f"a picture of {picture[0]}x{picture[1]} gives a video of {width}x{height}; cut it first")
         return height, width
-    if len(size) != 2 or not all(type(side) is int for side in size):
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(type(side) is int for side in size):
         raise InputError(f"a size is (width, height) in whole pixels, not {size!r}")
     check_size(size)
     return size[1], size[0]
