@@ -88,7 +88,8 @@ def _generate(a: argparse.Namespace) -> int:
     options = GenerateOptions(
         a.image, a.audio, a.prompt, a.out, size=a.size, max_area=a.max_area[0] * a.max_area[1], seed=a.seed,
         seconds=a.seconds, live=a.live, contact_sheet=a.contact_sheet, snapshot_every=a.snapshot_every,
-        reports=tuple(path for path in (a.telemetry, a.trace) if path is not None),
+        reports=tuple((what, path) for what, path in (("telemetry", a.telemetry), ("trace", a.trace)) if path),
+        reads=(a.checkpoint / "config.json", *([] if a.lora is None else [Path(a.lora)])),
     )
     leads = ranks is None or ranks.rank == 0
     if leads:
@@ -131,11 +132,11 @@ def _make_checkpoint(a: argparse.Namespace) -> int:
 
 def _quantize(a: argparse.Namespace) -> int:
     from liverelay.engine.devices import check_device
-    from liverelay.engine.media import check_writable
+    from liverelay.engine.media import check_outputs
     from liverelay.engine.quantize import quantize_checkpoint, write_errors
 
     if a.json is not None:
-        check_writable(a.json)
+        check_outputs([("list of errors", a.json)], [None if a.lora is None else Path(a.lora)])
         for folder in (a.checkpoint, a.out):
             if a.json.resolve().is_relative_to(folder.resolve()):
                 raise OutputError(f"{a.json} lies inside {folder}; give a file beside it")
@@ -175,12 +176,12 @@ def _kernels(a: argparse.Namespace) -> int:
 
 
 def _golden(a: argparse.Namespace) -> int:
-    from liverelay.engine.golden import run
-    from liverelay.engine.media import check_writable
+    from liverelay.engine.golden import GIVEN, run
+    from liverelay.engine.media import check_outputs
     from liverelay.engine.models.weights import save_tensors
 
     _set_threads(a.threads)
-    check_writable(a.out)
+    check_outputs([("result", a.out)], [a.weights, *(a.folder / name for name in GIVEN)])
     results = run(a.component, a.folder, _golden_options(a))
     if results is None:  # a rank that does not lead
         return 0

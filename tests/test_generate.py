@@ -148,7 +148,8 @@ BROKEN = {
     "sheet over video": (("--contact-sheet", "x.mp4"), "x.mp4"),
     "trace over the picture": (("--trace", "deep.png", "--image", "deep.png"), "overwrite the input"),
     "telemetry over video": (("--telemetry", "x.mp4"), "x.mp4"),
-    "two reports in one file": (("--telemetry", "a.json", "--trace", "a.json"), "a.json"),
+    "two reports in one file": (("--telemetry", "a.json", "--trace", "./a.json"), "the telemetry and the trace are"),
+    "telemetry over the LoRA": (("--lora", "text.txt", "--telemetry", "link.txt"), "overwrite the input"),
     "no folder for the trace": (("--trace", "nowhere/x.json"), "nowhere"),
     "sheet is no picture": (("--contact-sheet", "x.pdf"), ".png"),
     "sheet over the sound": (("--contact-sheet", "tone.png", "--audio", "tone.png"), "overwrite the input"),
@@ -171,6 +172,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(
 ) -> None:
     write_sound(tmp_path / "sound.wav", 0.3)
     (tmp_path / "text.txt").write_text("not what it seems")
+    (tmp_path / "link.txt").hardlink_to(tmp_path / "text.txt")
     (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:2000])
     Image.new("RGB", (1, 4000)).save(tmp_path / "thread.png")
     Image.new("I;16", (64, 64)).save(tmp_path / "deep.png")
