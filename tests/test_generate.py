@@ -142,6 +142,7 @@ BROKEN = {
     "audio is no audio": (("--audio", "text.txt"), "text.txt"),
     "empty audio": (("--audio", "empty.wav"), "empty.wav"),
     "NaN audio": (("--audio", "nan.wav"), "nan.wav"),
+    "integers as floats": (("--audio", "loud.wav"), "up to 30000; full scale is 1"),
     "size does not divide": (("--size", "100x64"), "128x64"),
     "no folder for the output": (("--out", "nowhere/x.mp4"), "nowhere"),
     "no folder for the sheet": (("--contact-sheet", "nowhere/x.png"), "nowhere"),
@@ -179,6 +180,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(
     (tmp_path / "tone.png").write_bytes((tmp_path / "sound.wav").read_bytes())
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "nan.wav", np.full(1000, np.nan, dtype=np.float32), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "loud.wav", np.full(1000, 30000, dtype=np.float32), 16000, subtype="FLOAT")
     before = names(tmp_path)
     flags, word = BROKEN[case]
     monkeypatch.chdir(tmp_path)

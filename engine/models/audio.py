@@ -27,6 +27,7 @@ FEATURE_RATE = 50
 VIDEO_RATE = 30  # the published intermediate rate, not the video's
 MIN_SAMPLES = 400
 LOWEST_RATE, HIGHEST_RATE = 1000, 384000
+LOUDEST = 100.0  # times full scale: beyond it numbers are no sound, and AAC refuses them in the end
 Samples = npt.NDArray[np.float32]
 
 
@@ -55,6 +56,8 @@ def read_audio(path: str | Path) -> tuple[Samples, int]:
         raise InputError(f"{path} has {rate} samples a second; {LOWEST_RATE} to {HIGHEST_RATE} can be used")
     if not np.isfinite(samples).all():
         raise InputError(f"{path} holds samples that are not finite numbers")
+    if (peak := float(np.abs(samples).max())) > LOUDEST:
+        raise InputError(f"{path} holds samples up to {peak:g}; full scale is 1, so divide them first")
     return samples, int(rate)
 
 
