@@ -80,6 +80,20 @@ def uninterrupted() -> Iterator[None]:
         signal.raise_signal(came[0])
 
 
+@contextlib.contextmanager
+def killable() -> Iterator[None]:
+    """Let Ctrl-C and a polite kill end the process at once: for waits inside a library, which lets no handler run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in INTERRUPTS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def catch_interrupts() -> None:
     """From now on Ctrl-C and a polite kill raise KeyboardInterrupt, but not a second time soon after: what the first
     one closes and names is not cut. One that was lost can be given again."""
