@@ -72,7 +72,7 @@ class Engine:
         checkpoint: str | Path,
         *,
         lora: str | Path | None = None,
-        device: str | Plan | None = None,
+        device: str | torch.device | Plan | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         fp8: bool | str = False,

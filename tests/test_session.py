@@ -209,10 +209,19 @@ def test_a_session_closed_by_another_thread_just_after_a_result_says_so(
         next(session.frames())
 
 
-@pytest.mark.parametrize("wrong", [{"max_area": "x"}, {"max_area": 64.5 * 64}, {"size": 64}, {"size": "64x64"}])
-def test_a_size_that_is_none_is_one_line(engine: Engine, wrong: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="whole"):
-        engine.open(np.zeros((64, 64, 3), np.uint8), "Hi.", **wrong)
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [({"max_area": "x"}, "whole"), ({"max_area": 64.5 * 64}, "whole"), ({"size": 64}, "whole"),
+     ({"size": "64x64"}, "whole"), ({"image": torch.zeros(64, 64, 3)}, "a Tensor is no picture"),
+     ({"live": "x"}, "not a str")],
+)  # fmt: skip
+def test_what_is_of_another_kind_is_one_line(engine: Engine, wrong: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text) as told:
+        engine.open(**{"image": np.zeros((64, 64, 3), np.uint8), "prompt": "Hi.", **wrong})
+    assert "\n" not in str(told.value)
+    for options in ({"device": 1}, {"device": "cpu", "dtype": "bfloat16"}):
+        with pytest.raises(InputError, match="not "):
+            Engine.load(engine.loader.files.folder, **options)  # type: ignore[arg-type]
 
 
 def test_no_more_sessions_than_places(engine: Engine, numbers: Numbers, monkeypatch: Patch) -> None:

@@ -124,6 +124,8 @@ def test_what_does_not_fit_is_refused(
         load(checkpoint, "cpu", StreamConfig(relative_distance=7)).resume(snapshot)
     with pytest.raises(OutputError, match="cannot write"):
         snapshot.save(tmp_path / "nowhere" / "state")
+    with pytest.raises(OutputError, match="it is a folder"):
+        snapshot.save(tmp_path)
     path = tmp_path / "state"
     snapshot.save(path)
     (tmp_path / "cut").write_bytes(path.read_bytes()[:-1000])

@@ -84,6 +84,8 @@ class LiveAudio:
 
     def __init__(self, encoder: AudioEncoder, config: LiveAudioConfig | None = None) -> None:
         self._encoder, self._config = encoder, config or LiveAudioConfig()
+        if not isinstance(self._config, LiveAudioConfig):
+            raise InputError(f"live audio is set by a LiveAudioConfig, not a {type(config).__name__}")
         self._resampler: Any = None
         self._rate: int | None = None
         self._run_start = 0  # 16 kHz sample at which the present run of sound began; silence ends a run
