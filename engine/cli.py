@@ -32,9 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = _run(arguments)
     if argv is None:
         ignore_interrupts()
-    if RankEnvironment.read() is not None:
+    # Python would end by SIGINT where the interrupt came inside an `exec`, as when a library is imported.
+    if _is_rank() or (argv is None and status == INTERRUPTED):
         leave(status)
     return status
+
+
+def _is_rank() -> bool:
+    try:
+        return RankEnvironment.read() is not None
+    except InputError:  # told by the commands that look at it
+        return False
 
 
 def _run(arguments: argparse.Namespace) -> int:

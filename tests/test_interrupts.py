@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from liverelay.engine import progress
+from liverelay.engine.cli import main
 
 
 @pytest.fixture
@@ -48,6 +49,26 @@ def test_an_interrupt_waits_for_what_must_not_be_cut() -> None:
     assert done
     with progress.uninterrupted():
         signal.raise_signal(signal.SIGINT)  # soon after the first one
+
+
+def test_an_interrupt_inside_an_exec_ends_with_130() -> None:
+    code = (
+        "import sys; from liverelay.engine import cli; sys.argv = ['liverelay', 'kernels'];"
+        "cli._kernels = lambda a: exec('raise KeyboardInterrupt'); sys.exit(cli.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("value", ["2", "many"])
+def test_a_world_size_of_somebody_else_is_one_line_where_it_matters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", value)
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["plan", "--gpus", "5"]) == 0
+    assert main(["generate", "--checkpoint", "a", "--image", "b", "--audio", "c", "--out", "d.mp4"]) == 1
+    assert "is not as torchrun sets it" in capsys.readouterr().err
 
 
 def test_two_interrupts_leave_a_playable_file_and_its_name(checkpoint: Path, tmp_path: Path, seed: int) -> None:
