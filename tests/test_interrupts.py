@@ -51,12 +51,14 @@ def test_an_interrupt_waits_for_what_must_not_be_cut() -> None:
         signal.raise_signal(signal.SIGINT)  # soon after the first one
 
 
-def test_an_interrupt_inside_an_exec_ends_with_130() -> None:
-    code = (
-        "import sys; from liverelay.engine import cli; sys.argv = ['liverelay', 'kernels'];"
-        "cli._kernels = lambda a: exec('raise KeyboardInterrupt'); sys.exit(cli.main())"
+def test_an_interrupt_inside_an_exec_ends_with_130(tmp_path: Path) -> None:
+    (tmp_path / "talk.py").write_text(
+        "import sys; from liverelay.engine import cli; sys.argv = ['liverelay', 'kernels']\n"
+        "cli._kernels = lambda a: exec('raise KeyboardInterrupt')\n"
+        "sys.exit(cli.main())\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    command = [sys.executable, "-m", "talk"]  # with -m, Python remembers it
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
