@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 LINE_EVERY_S = 5.0
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and a polite kill, which ends like it
@@ -64,34 +64,28 @@ def _clock(seconds: float) -> str:
 
 
 @contextlib.contextmanager
+def _handled(handler: Any) -> Iterator[None]:
+    """Another handler of interrupts; signals go to the main thread only."""
+    with contextlib.ExitStack() as before:  # all of it is put back, also when an interrupt comes meanwhile
+        if threading.current_thread() is threading.main_thread():
+            for number in INTERRUPTS:
+                before.callback(signal.signal, number, signal.signal(number, handler))
+        yield
+
+
+@contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Let Ctrl-C and a polite kill wait until the body is done; then one comes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals go to the main thread only
-        return
     came: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in INTERRUPTS}
-    try:
+    with _handled(lambda number, _: came.append(number)):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if came:
         signal.raise_signal(came[0])
 
 
-@contextlib.contextmanager
-def killable() -> Iterator[None]:
+def killable() -> contextlib.AbstractContextManager[None]:
     """Let Ctrl-C and a polite kill end the process at once: for waits inside a library, which lets no handler run."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in INTERRUPTS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return _handled(signal.SIG_DFL)
 
 
 def catch_interrupts() -> None:
