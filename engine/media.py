@@ -40,12 +40,13 @@ def _av() -> Any:
 
 def check_writable(path: Path) -> None:
     """OutputError when no file of this name can be made: no folder, a folder of that name, no permission, no space."""
-    folder = path.parent
+    target = real_path(path)
+    folder = path.parent if target.parent == real_path(path.parent) else target.parent
     if not os.path.isdir(folder):
         raise OutputError(f"cannot write {path}: the folder {folder} does not exist")
     if os.path.isdir(path):
         raise OutputError(f"cannot write {path}: it is a folder")
-    probe = part_path(path)
+    probe = part_path(target)
     try:
         with open(probe, "wb") as file:
             file.write(bytes(65536))

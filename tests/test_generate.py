@@ -145,6 +145,7 @@ BROKEN = {
     "integers as floats": (("--audio", "loud.wav"), "up to 30000; full scale is 1"),
     "size does not divide": (("--size", "100x64"), "128x64"),
     "no folder for the output": (("--out", "nowhere/x.mp4"), "nowhere"),
+    "no folder where the output leads": (("--out", "link.mp4"), "the folder /nowhere does not exist"),
     "no folder for the sheet": (("--contact-sheet", "nowhere/x.png"), "nowhere"),
     "sheet over video": (("--contact-sheet", "x.mp4"), "x.mp4"),
     "trace over the picture": (("--trace", "deep.png", "--image", "deep.png"), "overwrite the input"),
@@ -174,6 +175,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(
     write_sound(tmp_path / "sound.wav", 0.3)
     (tmp_path / "text.txt").write_text("not what it seems")
     (tmp_path / "link.txt").hardlink_to(tmp_path / "text.txt")
+    (tmp_path / "link.mp4").symlink_to("/nowhere/x.mp4")
     (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:2000])
     Image.new("RGB", (1, 4000)).save(tmp_path / "thread.png")
     Image.new("I;16", (64, 64)).save(tmp_path / "deep.png")

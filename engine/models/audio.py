@@ -7,6 +7,7 @@ equality. The live way, which never knows the whole file, is in audio_live.py.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ def read_audio(path: str | Path) -> tuple[Samples, int]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"the sound file {path} " + ("is not a file" if path.exists() else "does not exist"))
+    if not os.access(path, os.R_OK):
+        raise InputError(f"the sound file {path} may not be read")
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, OSError) as error:

@@ -34,8 +34,8 @@ class TensorSource(Mapping[str, torch.Tensor]):
         for path in self.files:
             try:
                 handle = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise CheckpointError(f"{path} is missing") from None
+            except FileNotFoundError:  # also where it may not be read
+                raise CheckpointError(f"{path} {'may not be read' if path.exists() else 'is missing'}") from None
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from None
             for key in handle.keys():  # noqa: SIM118 (the handle is not a dict)
