@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from liverelay.engine.arguments import add_fp8, positive, size
 from liverelay.engine.config import RankEnvironment, leave, set_process_defaults
 from liverelay.engine.errors import InputError, LiveRelayError, OutputError
 from liverelay.engine.planning import add_planning
+from liverelay.engine.progress import catch_interrupts, ignore_interrupts, uninterrupted
 from liverelay.engine.serving.command import add_serve
 from liverelay.engine.version import __version__
 
@@ -22,15 +22,27 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 well, 1 error, 2 wrong usage, 130 interrupted)."""
+    """Run one command; returns the exit code (0 well, 1 error, 2 wrong usage, 130 interrupted).
+
+    argv: None for those of the process, which then ends with the command.
+    """
     set_process_defaults()
     arguments = _parser().parse_args(argv)
-    # A polite kill ends like Ctrl-C: what is done becomes a playable file.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    catch_interrupts()
     status = _run(arguments)
-    if RankEnvironment.read() is not None:
+    if argv is None:
+        ignore_interrupts()
+    # Python would end by SIGINT where the interrupt came inside an `exec`, as when a library is imported.
+    if _is_rank() or (argv is None and status == INTERRUPTED):
         leave(status)
     return status
+
+
+def _is_rank() -> bool:
+    try:
+        return RankEnvironment.read() is not None
+    except InputError:  # told by the commands that look at it
+        return False
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -68,13 +80,14 @@ def _explain(error: BaseException) -> str | None:
 
 
 def _generate(a: argparse.Namespace) -> int:
-    from liverelay.engine.config import StreamConfig
-    from liverelay.engine.engine import Engine
-    from liverelay.engine.generate import GenerateOptions, check_outputs, generate, read_inputs
-    from liverelay.engine.golden import DTYPES
-    from liverelay.engine.launch import LineOptions, join, lead, make_plan, serve
-    from liverelay.engine.loading import Loader
-    from liverelay.engine.telemetry import watched
+    with uninterrupted():  # a library that is half imported fails with anything
+        from liverelay.engine.config import StreamConfig
+        from liverelay.engine.engine import Engine
+        from liverelay.engine.generate import GenerateOptions, check_outputs, generate, read_inputs
+        from liverelay.engine.golden import DTYPES
+        from liverelay.engine.launch import LineOptions, join, lead, make_plan, serve
+        from liverelay.engine.loading import Loader
+        from liverelay.engine.telemetry import watched
 
     _set_threads(a.threads)
     line, ranks = LineOptions(a.device, a.plan, a.transport, a.timeout), RankEnvironment.read()
@@ -83,7 +96,8 @@ def _generate(a: argparse.Namespace) -> int:
     options = GenerateOptions(
         a.image, a.audio, a.prompt, a.out, size=a.size, max_area=a.max_area[0] * a.max_area[1], seed=a.seed,
         seconds=a.seconds, live=a.live, contact_sheet=a.contact_sheet, snapshot_every=a.snapshot_every,
-        reports=tuple(path for path in (a.telemetry, a.trace) if path is not None),
+        reports=tuple((what, path) for what, path in (("telemetry", a.telemetry), ("trace", a.trace)) if path),
+        reads=(a.checkpoint / "config.json", *([] if a.lora is None else [Path(a.lora)])),
     )
     leads = ranks is None or ranks.rank == 0
     if leads:
@@ -126,11 +140,11 @@ def _make_checkpoint(a: argparse.Namespace) -> int:
 
 def _quantize(a: argparse.Namespace) -> int:
     from liverelay.engine.devices import check_device
-    from liverelay.engine.media import check_writable
+    from liverelay.engine.media import check_outputs
     from liverelay.engine.quantize import quantize_checkpoint, write_errors
 
     if a.json is not None:
-        check_writable(a.json)
+        check_outputs([("list of errors", a.json)], [None if a.lora is None else Path(a.lora)])
         for folder in (a.checkpoint, a.out):
             if a.json.resolve().is_relative_to(folder.resolve()):
                 raise OutputError(f"{a.json} lies inside {folder}; give a file beside it")
@@ -170,12 +184,12 @@ def _kernels(a: argparse.Namespace) -> int:
 
 
 def _golden(a: argparse.Namespace) -> int:
-    from liverelay.engine.golden import run
-    from liverelay.engine.media import check_writable
+    from liverelay.engine.golden import GIVEN, run
+    from liverelay.engine.media import check_outputs
     from liverelay.engine.models.weights import save_tensors
 
     _set_threads(a.threads)
-    check_writable(a.out)
+    check_outputs([("result", a.out)], [a.weights, *(a.folder / name for name in GIVEN)])
     results = run(a.component, a.folder, _golden_options(a))
     if results is None:  # a rank that does not lead
         return 0

@@ -22,6 +22,7 @@ from liverelay.engine.models.image import as_image, choose_size, prepare_image
 from liverelay.engine.models.text import TextEncoder
 from liverelay.engine.models.vae import VAE
 from liverelay.engine.models.weights import open_pth
+from liverelay.engine.progress import uninterrupted
 from liverelay.engine.relay.messages import Tensors
 from liverelay.engine.relay.pipeline import Observer, Pipeline, local_pipeline
 from liverelay.engine.relay.plan import Plan, balanced_plan
@@ -72,7 +73,7 @@ class Engine:
         checkpoint: str | Path,
         *,
         lora: str | Path | None = None,
-        device: str | Plan | None = None,
+        device: str | torch.device | Plan | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         fp8: bool | str = False,
@@ -238,12 +239,13 @@ class Engine:
         return local_pipeline(plan, spec, self._make_stages(geometry), places=self.sessions, observe=self.observe)
 
     def close(self) -> None:
-        """End the stages of all resolutions; open sessions are lost."""
-        self._stages.clear()
-        while self._lines:
-            self._lines.popitem()[1].close()
-        if self.leader is not None:
-            self.leader.close()
+        """End the stages of all resolutions; open sessions are lost. An interrupt waits until it is done."""
+        with uninterrupted():
+            self._stages.clear()
+            while self._lines:
+                self._lines.popitem()[1].close()
+            if self.leader is not None:
+                self.leader.close()
 
     def after_interrupt(self) -> None:
         """StageLost when the interrupt came because another process of the line has died."""
@@ -283,6 +285,8 @@ def audio_shape(config: DiTConfig, stream: StreamConfig) -> tuple[int, int, int,
 
 def pick_size(picture: tuple[int, int], size: tuple[int, int] | None, max_area: int) -> tuple[int, int]:
     """(height, width) of the video from (width, height) of the picture and what was asked for; InputError else."""
+    if type(max_area) is not int:
+        raise InputError(f"an area is a whole number of pixels, not {max_area!r}")
     if size is None:
         if max_area < 64 * 64:
             raise InputError(f"an area of {max_area} pixels is too small; the smallest video is 64x64")
@@ -290,7 +294,7 @@ def pick_size(picture: tuple[int, int], size: tuple[int, int] | None, max_area: 
         if max(height, width) > LONGEST_SIDE:
             raise InputError(f"a picture of {picture[0]}x{picture[1]} gives a video of {width}x{height}; cut it first")
         return height, width
-    if len(size) != 2 or not all(type(side) is int for side in size):
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(type(side) is int for side in size):
         raise InputError(f"a size is (width, height) in whole pixels, not {size!r}")
     check_size(size)
     return size[1], size[0]

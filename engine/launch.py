@@ -11,6 +11,7 @@ from liverelay.engine.devices import check_device
 from liverelay.engine.engine import Engine
 from liverelay.engine.errors import InputError
 from liverelay.engine.loading import Loader, devices_of
+from liverelay.engine.progress import killable
 from liverelay.engine.relay.group import TIMEOUT_S, Group
 from liverelay.engine.relay.plan import Plan, balanced_plan, parse_plan
 from liverelay.engine.relay.ranks import Leader, RankServer
@@ -67,7 +68,8 @@ def join(options: LineOptions, ranks: RankEnvironment, plan: Plan) -> Group:
     nccl = options.transport == "nccl" or (options.transport == "auto" and plan.devices[0].startswith("cuda"))
     if nccl and not plan.devices[0].startswith("cuda"):
         raise InputError("the transport nccl needs a GPU for each process; take gloo")
-    return Group(ranks, "nccl" if nccl else "gloo", options.timeout_s)
+    with killable():  # nothing is there to be kept yet
+        return Group(ranks, "nccl" if nccl else "gloo", options.timeout_s)
 
 
 def serve(loader: Loader, group: Group, plan: Plan) -> None:

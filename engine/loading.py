@@ -60,7 +60,7 @@ class Loader:
             raise InputError(str(error)) from None
         dtype = dtype or default_dtype(device)
         if dtype not in (torch.float32, torch.bfloat16):
-            raise InputError(f"the engine computes in float32 or bfloat16, not {str(dtype).removeprefix('torch.')}")
+            raise InputError(f"the engine computes in torch.float32 or torch.bfloat16, not {dtype!r}")
         use_exact_float32(device, dtype)
         fp8_parts(fp8)
         return cls(files, dtype, backend, operators, fp8, say or (lambda line: None))
@@ -101,6 +101,8 @@ class Loader:
         return audio
 
 
-def devices_of(device: str | None) -> tuple[str, ...]:
+def devices_of(device: str | torch.device | None) -> tuple[str, ...]:
     """`cuda:0,cuda:1` -> two devices, checked; None: a GPU where there is one. InputError else."""
-    return tuple(check_device(name.strip()) for name in (device or default_device()).split(","))
+    if not isinstance(device, str | torch.device | None):
+        raise InputError(f"a device is a name, as in cuda:1, not {device!r}")
+    return tuple(check_device(name.strip()) for name in str(device or default_device()).split(","))

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,6 +192,36 @@ def test_an_interrupt_while_a_block_is_waited_for_loses_nothing(
         with pytest.raises(KeyboardInterrupt):
             next(session.frames())
     assert np.array_equal(np.concatenate([first.frames, video(session)]), whole)
+
+
+def test_a_session_closed_by_another_thread_just_after_a_result_says_so(
+    engine: Engine, numbers: Numbers, monkeypatch: Patch
+) -> None:
+    session, result = start(engine, picture(numbers), sound(numbers, 40 * SAMPLES)), Future.result
+
+    def closed(self: Future[Array], timeout: float | None = None) -> Array:
+        found = result(self, timeout)
+        session.close()
+        return found
+
+    monkeypatch.setattr(Future, "result", closed)
+    with pytest.raises(LiveRelayError, match="the session is closed"):
+        next(session.frames())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [({"max_area": "x"}, "whole"), ({"max_area": 64.5 * 64}, "whole"), ({"size": 64}, "whole"),
+     ({"size": "64x64"}, "whole"), ({"image": torch.zeros(64, 64, 3)}, "a Tensor is no picture"),
+     ({"live": "x"}, "not a str")],
+)  # fmt: skip
+def test_what_is_of_another_kind_is_one_line(engine: Engine, wrong: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text) as told:
+        engine.open(**{"image": np.zeros((64, 64, 3), np.uint8), "prompt": "Hi.", **wrong})
+    assert "\n" not in str(told.value)
+    for options in ({"device": 1}, {"device": "cpu", "dtype": "bfloat16"}):
+        with pytest.raises(InputError, match="not "):
+            Engine.load(engine.loader.files.folder, **options)  # type: ignore[arg-type]
 
 
 def test_no_more_sessions_than_places(engine: Engine, numbers: Numbers, monkeypatch: Patch) -> None:

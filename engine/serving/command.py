@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from liverelay.engine.errors import InputError, LiveRelayError
+from liverelay.engine.progress import uninterrupted
 
 
 def add_serve(commands: Any) -> None:
@@ -36,13 +37,14 @@ def add_serve(commands: Any) -> None:
 
 
 def _serve(a: argparse.Namespace) -> int:
-    from liverelay.engine import native
-    from liverelay.engine.config import RankEnvironment
-    from liverelay.engine.engine import DEFAULT_MAX_AREA
-    from liverelay.engine.frame_ring import sweep
-    from liverelay.engine.serving import sockets
-    from liverelay.engine.serving.server import Server
-    from liverelay.engine.serving.states import States
+    with uninterrupted():  # a library that is half imported fails with anything
+        from liverelay.engine import native
+        from liverelay.engine.config import RankEnvironment
+        from liverelay.engine.engine import DEFAULT_MAX_AREA
+        from liverelay.engine.frame_ring import sweep
+        from liverelay.engine.serving import sockets
+        from liverelay.engine.serving.server import Server
+        from liverelay.engine.serving.states import States
 
     if not hasattr(native.module(), "ring_create"):
         raise LiveRelayError("serve needs the compiled module, which was not built: it needs a C++ compiler and cmake")
