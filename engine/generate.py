@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,16 @@ def check_outputs(options: GenerateOptions) -> None:
         picture_format(options.contact_sheet)
         outputs.append(("contact sheet", options.contact_sheet))
     outputs += [("report", path) for path in options.reports]
+    check_files(outputs, options.image, options.audio)
+
+
+def check_files(outputs: Sequence[tuple[str, Path]], *inputs: Path) -> None:
+    """OutputError unless each can be written, and is none of the others and no input."""
     names: dict[Path, str] = {}
     for what, path in outputs:
         check_writable(path)
         real = path.resolve()
-        if real in (options.image.resolve(), options.audio.resolve()):
+        if real in [given.resolve() for given in inputs]:
             raise OutputError(f"the {what} would overwrite the input {path}; give another name")
         if real in names:
             raise OutputError(f"the {names[real]} and the {what} are the same file, {path}")
