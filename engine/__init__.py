@@ -12,11 +12,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from liverelay.engine.config import DiTConfig, StreamConfig
-from liverelay.engine.errors import CheckpointError, InputError, LiveRelayError, MissingExtraError, OutputError
+from liverelay.engine.errors import (
+    CheckpointError,
+    InputError,
+    LiveRelayError,
+    MissingExtraError,
+    OutputError,
+    RingClosedError,
+    RingError,
+    RingPeerError,
+)
 from liverelay.engine.version import __version__
 
 if TYPE_CHECKING:
     from liverelay.engine.engine import Engine
+    from liverelay.engine.frame_ring import FrameRing, RingFrame
     from liverelay.engine.session import Session
     from liverelay.engine.snapshot import Snapshot
     from liverelay.engine.steps import SteppedSession
@@ -27,10 +37,15 @@ __all__ = [
     "Chunk",
     "DiTConfig",
     "Engine",
+    "FrameRing",
     "InputError",
     "LiveRelayError",
     "MissingExtraError",
     "OutputError",
+    "RingClosedError",
+    "RingError",
+    "RingFrame",
+    "RingPeerError",
     "Session",
     "Snapshot",
     "SteppedSession",
@@ -40,11 +55,12 @@ __all__ = [
 
 _LAZY = {
     "Engine": "engine", "Session": "session", "Chunk": "stream", "Snapshot": "snapshot", "SteppedSession": "steps",
+    "FrameRing": "frame_ring", "RingFrame": "frame_ring",
 }  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    # Engine and Session import the models; `import liverelay.engine` alone stays quick.
+    # Engine and Session import the models, and the frame ring numpy; `import liverelay.engine` alone stays quick.
     if name in _LAZY:
         import importlib
 
