@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -166,12 +168,17 @@ def test_the_client_library_is_sound_under_sanitizers(
 
 
 def test_a_killed_server_is_noticed_and_replaced(
-    examples: Path, checkpoint: Path, tmp_path: Path
+    examples: Path, prefix: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     path, outputs = tmp_path / "s", (tmp_path / "v", tmp_path / "a")
     serve = [sys.executable, "-m", "liverelay.engine", "serve", "--checkpoint", str(checkpoint), "--socket", str(path)]
     with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as killed:
         assert killed.stdout is not None and "serving" in killed.stdout.readline()
+        talk = runpy.run_path(str(ROOT / "examples" / "embedding" / "talk_ctypes.py"))
+        library, own, session = talk["load"](str(library_of(prefix))), ctypes.c_uint64(), ctypes.c_uint64()
+        assert library.liverelay_connect(str(path).encode(), 1, 60000, ctypes.byref(own)) == 0
+        image, options = PICTURE.read_bytes(), talk["Options"](struct_bytes=48, max_area=64 * 64)
+        assert library.liverelay_open(own, image, len(image), b"", options, 60000, ctypes.byref(session)) == 0
         command = [str(part) for part in (examples / "talk_c", path, PICTURE, SPEECH, *outputs)]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as client:
             while not outputs[0].exists() or not outputs[0].stat().st_size:
@@ -181,6 +188,9 @@ def test_a_killed_server_is_noticed_and_replaced(
             assert client.stderr is not None
             error = client.stderr.read()
             assert client.wait(60) == 1 and "the server" in error and "-5" in error
+        killed.wait()
+        assert library.liverelay_push(session, bytes(1280), 640, 1, 1, 16000, 0, None) == Code.LOST
+        assert library.liverelay_close(session) == 0 and library.liverelay_disconnect(own) == 0
     with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and "serving" in process.stdout.readline()  # the stale socket is replaced
         run(*command)

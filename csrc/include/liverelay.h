@@ -2,8 +2,9 @@
  *
  * Every function returns a liverelay_code, but for the first three; liverelay_last_error says in one line what is wrong.
  * Handles are numbers that are never used again: a closed one is refused, not followed. All functions may be called from
- * any thread at any time, also while another thread closes the handle; those that wait then return. Timeouts are in
- * milliseconds, a negative one waits for ever. Structures begin with their size, which the caller sets.
+ * any thread at any time, also while another thread closes the handle; those that wait then return. After a fork they
+ * are the parent's alone. Timeouts are in milliseconds, a negative one waits for ever. Structures begin with their size,
+ * which the caller sets.
  */
 #ifndef LIVERELAY_H
 #define LIVERELAY_H

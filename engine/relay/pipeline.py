@@ -47,6 +47,7 @@ from liverelay.engine.relay.plan import Plan
 from liverelay.engine.relay.scheduler import Scheduler
 from liverelay.engine.relay.stage import LineSpec, Stage, check_latents
 
+_serials = itertools.count()  # of the sessions of all lines: whoever observes several tells them apart
 _open_lines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 STUCK_S = 1.0  # that a stage of a broken line is waited for
 Observer = Callable[[Event], None]
@@ -124,7 +125,6 @@ class Pipeline:
         self._lock = threading.RLock()
         self._clients: dict[int, Client] = {}
         self._free = list(range(places))[::-1]
-        self._serials = itertools.count()
         self._abandoned: deque[int] = deque()
         _open_lines.add(self)
 
@@ -154,7 +154,7 @@ class Pipeline:
             self._check()
             assert self.sessions <= self.scheduler.places  # and those that were abandoned are closed by now
             try:
-                serial = next(self._serials)
+                serial = next(_serials)
                 reference = None if state is None else state[0].get("new_reference")
                 self._turns.open(serial, rate, known=reference is not None)
             except ValueError as error:

@@ -68,8 +68,10 @@ class Server:
 
         thread = threading.Thread(target=run, name="client", daemon=True)
         with self._lock:
+            if self._stopping:  # nobody would end it
+                return connection.close()
             self._connections[connection] = thread
-        thread.start()
+            thread.start()  # `close` joins what it finds here
 
     def take_place(self) -> None:
         """One more session. BusyError when all places are taken."""
