@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ import torch
 from liverelay.engine import native
 from liverelay.engine.config import StreamConfig
 from liverelay.engine.engine import Engine
-from liverelay.engine.errors import InputError, OutputError, RingClosedError
+from liverelay.engine.errors import InputError, OutputError, RingClosedError, RingError
+from liverelay.engine.frame_ring import FrameRing
 from liverelay.engine.frame_ring_layout import FOLDER
-from liverelay.engine.serving import sockets
+from liverelay.engine.serving import sockets, worker
 from liverelay.engine.serving.nv12 import to_nv12
 from liverelay.engine.serving.protocol import Code, Fields, Kind, Tag
 from liverelay.engine.serving.server import Server
@@ -145,6 +147,26 @@ def test_a_snapshot_that_cannot_be_kept_is_no_fault_of_the_engine(
     client.push(sound(numbers, RATE))
     client.sound.close()
     assert len(client.rest()[0]) == 25
+
+
+def test_too_little_shared_memory_is_said_and_takes_no_place(
+    client: ServingClient, numbers: Numbers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[FrameRing] = []
+
+    class Ring(FrameRing):
+        @classmethod
+        def create(cls, *, slots: int, **options: Any) -> FrameRing:
+            if slots == 256:  # that of the sound, the second one
+                raise RingError("no 5 MiB of shared memory for the ring")
+            made.append(FrameRing.create(slots=slots, **options))
+            return made[-1]
+
+    monkeypatch.setattr(worker, "FrameRing", Ring)
+    with pytest.raises(RefusedError) as refused:
+        client.ask(Kind.OPEN, request(png(picture(numbers))))
+    assert refused.value.args == (Code.SYSTEM, "no 5 MiB of shared memory for the ring")
+    assert client.ask(Kind.HEALTH)[Tag.SESSIONS] == 0 and not (FOLDER / made[0].name).exists()
 
 
 def test_sessions_of_two_sizes_have_numbers_of_their_own(server: Server, numbers: Numbers) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from liverelay.engine.errors import InputError, LiveRelayError, OutputError
+from liverelay.engine.errors import InputError, LiveRelayError, OutputError, RingError
 from liverelay.engine.frame_ring import PixelFormat, Policy
 from liverelay.engine.models.audio import SAMPLE_RATE
 from liverelay.engine.models.image import decode_image
@@ -187,5 +187,5 @@ def _code(error: BaseException) -> Code:
         return Code.STATE
     if isinstance(error, InputError):
         return Code.INPUT
-    engine = isinstance(error, LiveRelayError) and not isinstance(error, OutputError)
+    engine = isinstance(error, LiveRelayError) and not isinstance(error, OutputError | RingError)
     return Code.ENGINE if engine else Code.SYSTEM

@@ -60,7 +60,16 @@ class Session {
   liverelay_session handle_ = 0;
 };
 
-// 40 ms at a time, as from a microphone. The file is WAV: 16 kHz, one channel, 16 bits, data after a header of 44 bytes.
+// A file of 16 kHz, one channel, 16 bits, whose samples begin after a header of 44 bytes.
+std::vector<char> read_wav(const std::string& path) {
+  const std::uint32_t wanted[4] = {1 | 1 << 16, 16000, 32000, 2 | 16 << 16};
+  std::vector<char> wav = read_file(path);
+  if (wav.size() < 46 || std::memcmp(wav.data() + 20, wanted, 16) != 0 || std::memcmp(wav.data() + 36, "data", 4) != 0)
+    throw std::runtime_error("give a plain WAV file of 16 kHz, one channel and 16 bits, not " + path);
+  return wav;
+}
+
+// 40 ms at a time, as from a microphone.
 void speak(liverelay_session session, const std::vector<char>& wav) {
   std::vector<std::int16_t> samples((wav.size() - 44) / 2);
   std::memcpy(samples.data(), wav.data() + 44, samples.size() * 2);
@@ -99,8 +108,7 @@ class WavFile {
 };
 
 void run(char** argv) {
-  const std::vector<char> picture = read_file(argv[2]), wav = read_file(argv[3]);
-  if (wav.size() < 46) throw std::runtime_error("no sound in the WAV file");
+  const std::vector<char> picture = read_file(argv[2]), wav = read_wav(argv[3]);
   std::ofstream video(argv[4], std::ios::binary);
   liverelay_options options{};
   options.struct_bytes = sizeof options;
