@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from liverelay.engine.config import DiTConfig, StreamConfig
 from liverelay.engine.errors import (
+    BusyError,
     CheckpointError,
     InputError,
     LiveRelayError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from liverelay.engine.stream import Chunk
 
 __all__ = [
+    "BusyError",
     "CheckpointError",
     "Chunk",
     "DiTConfig",

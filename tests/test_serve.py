@@ -169,6 +169,16 @@ def test_too_little_shared_memory_is_said_and_takes_no_place(
     assert client.ask(Kind.HEALTH)[Tag.SESSIONS] == 0 and not (FOLDER / made[0].name).exists()
 
 
+def test_a_session_that_there_is_no_time_for_may_come_again(
+    server: Server, client: ServingClient, numbers: Numbers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.engine, "admit_by_rate", True)
+    monkeypatch.setattr(server.engine.line(8, 8).scheduler, "blocks_per_s", 1.0)
+    with pytest.raises(RefusedError) as refused:
+        client.ask(Kind.OPEN, request(png(picture(numbers))))
+    assert refused.value.args[0] == Code.BUSY and "no session can be opened" in refused.value.args[1]
+
+
 def test_sessions_of_two_sizes_have_numbers_of_their_own(server: Server, numbers: Numbers) -> None:
     # Telemetry tells them apart by these alone.
     sizes = ((64, 64), (128, 64))

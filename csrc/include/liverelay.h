@@ -34,7 +34,7 @@ typedef enum liverelay_code {
   LIVERELAY_E_CONNECT = -4,    /**< nobody listens on that socket, or it is not this user's */
   LIVERELAY_E_LOST = -5,       /**< the server ended or died; the session is gone, frames that were popped are not */
   LIVERELAY_E_INPUT = -6,      /**< picture, prompt, size, sound or token that cannot be used */
-  LIVERELAY_E_BUSY = -7,       /**< all places of the server are taken */
+  LIVERELAY_E_BUSY = -7,       /**< no place, or no time, for one more session now */
   LIVERELAY_E_STATE = -8,      /**< not possible now: sound after its end, all frames held, ... */
   LIVERELAY_E_ENGINE = -9,     /**< the engine failed at this session; open a new one */
   LIVERELAY_E_PROTOCOL = -10,  /**< the other side does not keep the protocol, or shared memory is damaged */

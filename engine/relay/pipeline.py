@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from liverelay.engine.errors import InputError, LiveRelayError
+from liverelay.engine.errors import BusyError, LiveRelayError
 from liverelay.engine.relay.dispatch import Dispatcher
 from liverelay.engine.relay.handoff import Link, LocalLink, Shapes
 from liverelay.engine.relay.loop import StageLoop
@@ -147,7 +147,7 @@ class Pipeline:
         """Begin a session, from the start or from a saved state; returns its serial number.
 
         tensors: as in messages.Open. rate: blocks that it needs in a second, 0 for a file; state: of `Stage.save` of
-        all stages, with `new_reference` if it is known. InputError when there is no place or no time for it.
+        all stages, with `new_reference` if it is known. BusyError when there is no place or no time for it.
         """
         check_latents(tensors, self.spec.geometry)
         with self._lock:
@@ -158,7 +158,7 @@ class Pipeline:
                 reference = None if state is None else state[0].get("new_reference")
                 self._turns.open(serial, rate, known=reference is not None)
             except ValueError as error:
-                raise InputError(f"no session can be opened: {error}") from None
+                raise BusyError(f"no session can be opened: {error}") from None
             client = self._clients[serial] = Client(self._free.pop(), serial, reference=reference)
             names = (client.place, serial)
             if state is None:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from liverelay.engine.engine import DEFAULT_MAX_AREA, Engine
+from liverelay.engine.errors import BusyError
 from liverelay.engine.serving import sockets
-from liverelay.engine.serving.connection import BusyError, Connection
+from liverelay.engine.serving.connection import Connection
 from liverelay.engine.serving.protocol import Code
 from liverelay.engine.serving.states import States
 
