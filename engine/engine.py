@@ -7,14 +7,14 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 
 from liverelay.engine.config import DEFAULT_MAX_SIZE, DiTConfig, StreamConfig
 from liverelay.engine.errors import CheckpointError, InputError
-from liverelay.engine.loading import Loader, Say, devices_of
+from liverelay.engine.loading import Loader, LoadOptions, devices_of
 from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import LONGEST_SIDE, Geometry, check_size
@@ -72,13 +72,9 @@ class Engine:
         cls,
         checkpoint: str | Path,
         *,
-        lora: str | Path | None = None,
         device: str | torch.device | Plan | None = None,
-        dtype: torch.dtype | None = None,
-        backend: str | None = None,
-        fp8: bool | str = False,
         stream: StreamConfig | None = None,
-        say: Say | None = None,
+        **options: Unpack[LoadOptions],
     ) -> Engine:
         """Load a checkpoint in the published layout (see `liverelay.engine.checkpoint`).
 
@@ -88,11 +84,13 @@ class Engine:
         backend for all operators, or an attention (`liverelay kernels` lists both); None: the fastest.
         fp8: what is in e4m3: "products" (or True), the transformer's large ones; "attention", self-attention with
         arenas of half the size; "all". On a CPU it is only for looking at its error.
+        loop: what runs the stages, "native" (C++) or its twin "python", with the same frames; None: native on CPUs
+        where it was built, python on GPUs.
         say(line) is told what is being loaded. CheckpointError names a file, key or shape that does not fit.
         """
         stream = stream or StreamConfig()
         plan = device if isinstance(device, Plan) else balanced_plan(devices_of(device), stream.steps, vae_share())
-        loader = Loader.make(checkpoint, plan.devices, lora=lora, dtype=dtype, backend=backend, fp8=fp8, say=say)
+        loader = Loader.make(checkpoint, plan.devices, **options)
         return cls.assemble(loader, plan, stream)
 
     @classmethod
@@ -236,7 +234,8 @@ class Engine:
         if self.leader is not None:
             first = Stage(plan.stages[0], spec, self.dit, self.vae, self.loader.dtype)
             return self.leader.build(spec, first, places=self.sessions, observe=self.observe)
-        return local_pipeline(plan, spec, self._make_stages(geometry), places=self.sessions, observe=self.observe)
+        stages, native = self._make_stages(geometry), self.loader.native
+        return local_pipeline(plan, spec, stages, places=self.sessions, observe=self.observe, native=native)
 
     def close(self) -> None:
         """End the stages of all resolutions; open sessions are lost. An interrupt waits until it is done."""

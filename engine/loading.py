@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -24,10 +25,22 @@ from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.vae import VAE
 from liverelay.engine.models.weights import is_quantized, open_pth
+from liverelay.engine.relay.native_loop import Loop, wanted_loop
 from liverelay.kernels import dispatch
 from liverelay.kernels.attention_backends import named
 
 Say = Callable[[str], None]
+
+
+class LoadOptions(TypedDict, total=False):
+    """Of `Engine.load`, which tells what they mean."""
+
+    lora: str | Path | None
+    dtype: torch.dtype | None
+    backend: str | None
+    fp8: bool | str
+    loop: Loop | None
+    say: Say | None
 
 
 @dataclass(frozen=True)
@@ -39,14 +52,17 @@ class Loader:
     backend: str | None
     operators: str | None
     fp8: bool | str
+    native: bool | None  # of the stages' loops, as relay/native_loop.py wants it
     say: Say
 
     @classmethod
     def make(
         cls, checkpoint: str | Path, devices: tuple[str, ...], *, lora: str | Path | None = None,
-        dtype: torch.dtype | None = None, backend: str | None = None, fp8: bool | str = False, say: Say | None = None,
+        dtype: torch.dtype | None = None, backend: str | None = None, fp8: bool | str = False,
+        loop: Loop | None = None, say: Say | None = None,
     ) -> Loader:
         """As `Engine.load`. CheckpointError and InputError say what is missing or cannot be."""
+        native = wanted_loop(loop, devices)
         files = find_checkpoint(Path(checkpoint), lora)
         missing = files.missing()
         if missing:
@@ -63,7 +79,7 @@ class Loader:
             raise InputError(f"the engine computes in torch.float32 or torch.bfloat16, not {dtype!r}")
         use_exact_float32(device, dtype)
         fp8_parts(fp8)
-        return cls(files, dtype, backend, operators, fp8, say or (lambda line: None))
+        return cls(files, dtype, backend, operators, fp8, native, say or (lambda line: None))
 
     def open_dit(self, device: str) -> tuple[Mapping[str, Tensor], DiTConfig]:
         source, config = self.files.open_dit(device)

@@ -63,6 +63,12 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def say(line: str) -> None:
+    """Tell the user what is being done, on standard error."""
+    if sys.stderr is not None:  # closed by the caller; print would take standard output instead
+        print(line, file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def _handled(handler: Any) -> Iterator[None]:
     """Another handler of interrupts; signals go to the main thread only."""

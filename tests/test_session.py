@@ -16,7 +16,7 @@ import torch
 
 from liverelay.engine.config import StreamConfig
 from liverelay.engine.engine import Engine
-from liverelay.engine.errors import InputError, LiveRelayError
+from liverelay.engine.errors import BusyError, InputError, LiveRelayError
 from liverelay.engine.models.sampler import block_noise, relative_distance
 from liverelay.engine.models.text import TextEncoder
 from liverelay.engine.session import Session
@@ -228,7 +228,7 @@ def test_no_more_sessions_than_places(engine: Engine, numbers: Numbers, monkeypa
     monkeypatch.setattr(engine, "sessions", 2)
     image = np.zeros((64, 128, 3), np.uint8)
     kept = [engine.open(image, "Hi.", size=(128, 64)) for _ in range(2)]
-    with pytest.raises(InputError, match="all 2 places are taken"):
+    with pytest.raises(BusyError, match="all 2 places are taken"):
         engine.open(image, "Hi.", size=(128, 64))
     kept.pop()  # nobody holds it any more
     gc.collect()
@@ -241,7 +241,7 @@ def test_live_sessions_the_line_has_no_time_for_are_refused(
     monkeypatch.setattr(engine, "admit_by_rate", True)
     session = start(engine, picture(numbers))
     monkeypatch.setattr(session.line.scheduler, "blocks_per_s", 4.0)
-    with pytest.raises(InputError, match="no session can be opened: the line makes"):
+    with pytest.raises(BusyError, match="no session can be opened: the line makes"):
         start(engine, picture(numbers))
     start(engine, picture(numbers), sound(numbers, SAMPLES)).close()  # a file takes what is left
     session.close()

@@ -65,7 +65,7 @@ def _decode(source: Any, name: str, *, strict: bool, formats: Sequence[str] | No
             with pillow.open(source, formats=formats) as opened:
                 mode, converted = opened.mode, opened.convert("RGB")
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning):
-        raise InputError(f"the image {name} has too many pixels; make it smaller than 9000x9000 first") from None
+        raise InputError(f"{name} has too many pixels; make it smaller than 9000x9000 first") from None
     except pillow.UnidentifiedImageError:
         raise InputError(f"{name} is not a readable image of a kind that is known here") from None
     except (OSError, ValueError, SyntaxError) as error:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from liverelay.engine.errors import InputError, LiveRelayError
+from liverelay.engine.errors import BusyError, LiveRelayError
 from liverelay.engine.progress import uninterrupted
 from liverelay.engine.relay.dispatch import Dispatcher
 from liverelay.engine.relay.handoff import Link, LocalLink, Shapes
@@ -49,6 +49,7 @@ from liverelay.engine.relay.plan import Plan
 from liverelay.engine.relay.scheduler import Scheduler
 from liverelay.engine.relay.stage import LineSpec, Stage, check_latents
 
+_serials = itertools.count()  # of the sessions of all lines: whoever observes several tells them apart
 _open_lines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 STUCK_S = 1.0  # that a stage of a broken line is waited for
 Observer = Callable[[Event], None]
@@ -127,7 +128,6 @@ class Pipeline:
         self._lock = threading.RLock()
         self._clients: dict[int, Client] = {}
         self._free = list(range(places))[::-1]
-        self._serials = itertools.count()
         self._abandoned: deque[int] = deque()
         _open_lines.add(self)
 
@@ -149,18 +149,18 @@ class Pipeline:
         """Begin a session, from the start or from a saved state; returns its serial number.
 
         tensors: as in messages.Open. rate: blocks that it needs in a second, 0 for a file; state: of `Stage.save` of
-        all stages, with `new_reference` if it is known. InputError when there is no place or no time for it.
+        all stages, with `new_reference` if it is known. BusyError when there is no place or no time for it.
         """
         check_latents(tensors, self.spec.geometry)
         with self._lock:
             self._check()
             self._close_abandoned()
             try:
-                serial = next(self._serials)
+                serial = next(_serials)
                 reference = None if state is None else state[0].get("new_reference")
                 self._turns.open(serial, rate, known=reference is not None)
             except ValueError as error:
-                raise InputError(f"no session can be opened: {error}") from None
+                raise BusyError(f"no session can be opened: {error}") from None
             client = self._clients[serial] = Client(self._free.pop(), serial, reference=reference)
             names = (client.place, serial)
             if state is None:

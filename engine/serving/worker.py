@@ -220,7 +220,7 @@ class Worker:
             item = self.sound.pop(timeout)
         except RingClosedError:
             self._session.end_audio()
-            self._sound_ended = True
+            self._sound_ended, self.heard = True, self._session.heard_samples  # with what the resampler held back
             return None
         return None if item is None else (item.audio, item.sample_rate)
 
