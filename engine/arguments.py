@@ -66,7 +66,9 @@ def add_stages(p: argparse.ArgumentParser, device: str, threads: int | None = No
         "--device", "--devices", dest="device", metavar="NAMES",
         help=f"cpu, cuda or cuda:N; several with commas between them are a line of stages ({device})",
     )
-    p.add_argument("--plan", metavar="STAGES", help="what each device does, as in 0+1,2+3,vae or 0,1,2,3,vae1,vae2 (balanced)")
+    p.add_argument(
+        "--plan", metavar="STAGES", help="what each device does, as in 0+1,2+3,vae or 0,1,2,3,vae1,vae2 (balanced)"
+    )
     p.add_argument(
         "--threads", type=positive(int, "threads"), metavar="N", default=threads,
         help="CPU threads of each process; results are equal to the bit where this number is ("
