@@ -115,6 +115,7 @@ Result Session::push_piece(const Sound& sound, std::uint64_t epoch, std::int64_t
   if (closing_.load()) return closed();
   if (sound_ended_) return {LIVERELAY_E_STATE, "the sound of this session was ended"};
   if (stream_ended()) return {LIVERELAY_E_STATE, "the stream has ended; liverelay_pop says why"};
+  if (sound_->peer() == RingPeer::dead) return {LIVERELAY_E_LOST, "the server died"};
   if (rate_ != 0 && rate_ != sound.rate)
     return {LIVERELAY_E_ARGUMENT, "the sample rate of this session is " + std::to_string(rate_)};
   std::uint32_t slot = 0;
@@ -184,7 +185,7 @@ Result Session::pop(std::int64_t deadline, liverelay_frame& out) {
     const RingStatus status = frames_->pop(slice(deadline), frame);
     if (status.ok()) break;
     if (status.code == RingCode::closed) return why_ended();
-    if (status.code == RingCode::refused)
+    if (status.code == RingCode::refused && frames_->segment().ours())
       return {LIVERELAY_E_STATE, "all frames but one are held; release some of them first"};
     if (status.code != RingCode::timeout || monotonic_ns() >= deadline) return from(status);
   }

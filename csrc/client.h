@@ -35,6 +35,7 @@ class Session {
   Result snapshot(std::int64_t deadline, std::string& token, std::uint64_t& next_frame);
   Result health(std::int64_t deadline, liverelay_health& out);
   void close();
+  bool closing() const { return closing_.load(); }
   bool done() const;  // closed, and no frame is held
 
  private:
@@ -70,10 +71,15 @@ class Client {
   const std::string& path() const { return path_; }
   Result health(std::int64_t deadline, liverelay_health& out);
   Result forget(const std::string& token, std::int64_t deadline);
-  void close() { channel_.end(0); }
+  void close() {
+    closing_.store(true);
+    channel_.end(0);
+  }
+  bool closing() const { return closing_.load(); }
 
  private:
   std::string path_;
+  std::atomic<bool> closing_{false};
   Channel channel_;
 };
 

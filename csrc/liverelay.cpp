@@ -87,9 +87,13 @@ int guarded(const Body& body) noexcept {
 template <typename T, typename Body>
 int with(std::uint64_t handle, const Body& body) noexcept {
   return guarded([&]() -> Result {
+    const Result gone{LIVERELAY_E_HANDLE, "there is no such client or session, or it was closed"};
     const std::shared_ptr<T> object = handles<T>().find(handle);
-    if (object == nullptr) return {LIVERELAY_E_HANDLE, "there is no such client or session, or it was closed"};
-    return body(*object);
+    if (object == nullptr) return gone;
+    Result result = body(*object);
+    // What another thread's close does to this call is nothing that the server did.
+    const bool blamed = result.code == LIVERELAY_E_LOST || result.code == LIVERELAY_E_STATE || result.code == LIVERELAY_END;
+    return blamed && object->closing() ? gone : result;
   });
 }
 

@@ -12,25 +12,42 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from liverelay.engine.config import DiTConfig, StreamConfig
-from liverelay.engine.errors import CheckpointError, InputError, LiveRelayError, MissingExtraError, OutputError
+from liverelay.engine.errors import (
+    BusyError,
+    CheckpointError,
+    InputError,
+    LiveRelayError,
+    MissingExtraError,
+    OutputError,
+    RingClosedError,
+    RingError,
+    RingPeerError,
+)
 from liverelay.engine.version import __version__
 
 if TYPE_CHECKING:
     from liverelay.engine.engine import Engine
+    from liverelay.engine.frame_ring import FrameRing, RingFrame
     from liverelay.engine.session import Session
     from liverelay.engine.snapshot import Snapshot
     from liverelay.engine.steps import SteppedSession
     from liverelay.engine.stream import Chunk
 
 __all__ = [
+    "BusyError",
     "CheckpointError",
     "Chunk",
     "DiTConfig",
     "Engine",
+    "FrameRing",
     "InputError",
     "LiveRelayError",
     "MissingExtraError",
     "OutputError",
+    "RingClosedError",
+    "RingError",
+    "RingFrame",
+    "RingPeerError",
     "Session",
     "Snapshot",
     "SteppedSession",
@@ -40,11 +57,12 @@ __all__ = [
 
 _LAZY = {
     "Engine": "engine", "Session": "session", "Chunk": "stream", "Snapshot": "snapshot", "SteppedSession": "steps",
+    "FrameRing": "frame_ring", "RingFrame": "frame_ring",
 }  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    # Engine and Session import the models; `import liverelay.engine` alone stays quick.
+    # Engine and Session import the models, and the frame ring numpy; `import liverelay.engine` alone stays quick.
     if name in _LAZY:
         import importlib
 

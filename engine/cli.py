@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from liverelay.engine.arguments import add_fp8, positive, size
+from liverelay.engine.arguments import add_model, add_reports, add_stages, positive, size
 from liverelay.engine.config import RankEnvironment, leave, set_process_defaults
 from liverelay.engine.errors import InputError, LiveRelayError, OutputError
 from liverelay.engine.planning import add_planning
+from liverelay.engine.progress import catch_interrupts, ignore_interrupts, say, uninterrupted
 from liverelay.engine.serving.command import add_serve
 from liverelay.engine.version import __version__
 
@@ -22,15 +21,27 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 well, 1 error, 2 wrong usage, 130 interrupted)."""
+    """Run one command; returns the exit code (0 well, 1 error, 2 wrong usage, 130 interrupted).
+
+    argv: None for those of the process, which then ends with the command.
+    """
     set_process_defaults()
     arguments = _parser().parse_args(argv)
-    # A polite kill ends like Ctrl-C: what is done becomes a playable file.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    catch_interrupts()
     status = _run(arguments)
-    if RankEnvironment.read() is not None:
+    if argv is None:
+        ignore_interrupts()
+    # Python would end by SIGINT where the interrupt came inside an `exec`, as when a library is imported.
+    if _is_rank() or (argv is None and status == INTERRUPTED):
         leave(status)
     return status
+
+
+def _is_rank() -> bool:
+    try:
+        return RankEnvironment.read() is not None
+    except InputError:  # told by the commands that look at it
+        return False
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -68,31 +79,30 @@ def _explain(error: BaseException) -> str | None:
 
 
 def _generate(a: argparse.Namespace) -> int:
-    from liverelay.engine.config import StreamConfig
-    from liverelay.engine.engine import Engine
-    from liverelay.engine.generate import GenerateOptions, check_outputs, generate, read_inputs
-    from liverelay.engine.golden import DTYPES
-    from liverelay.engine.launch import LineOptions, join, lead, make_plan, serve
-    from liverelay.engine.loading import Loader
-    from liverelay.engine.telemetry import watched
+    with uninterrupted():  # a library that is half imported fails with anything
+        from liverelay.engine.config import StreamConfig
+        from liverelay.engine.devices import set_threads
+        from liverelay.engine.engine import Engine
+        from liverelay.engine.generate import GenerateOptions, check_outputs, generate, read_inputs
+        from liverelay.engine.launch import LineOptions, join, lead, load_options, make_plan, serve
+        from liverelay.engine.loading import Loader
+        from liverelay.engine.telemetry import watched
 
-    _set_threads(a.threads)
+    set_threads(a.threads)
     line, ranks = LineOptions(a.device, a.plan, a.transport, a.timeout), RankEnvironment.read()
     stream = StreamConfig(relative_distance=a.relative_distance)
     plan = make_plan(line, ranks, stream.steps)
     options = GenerateOptions(
         a.image, a.audio, a.prompt, a.out, size=a.size, max_area=a.max_area[0] * a.max_area[1], seed=a.seed,
         seconds=a.seconds, live=a.live, contact_sheet=a.contact_sheet, snapshot_every=a.snapshot_every,
-        reports=tuple(path for path in (a.telemetry, a.trace) if path is not None),
+        reports=tuple((what, path) for what, path in (("telemetry", a.telemetry), ("trace", a.trace)) if path),
+        reads=(a.checkpoint / "config.json", *([] if a.lora is None else [Path(a.lora)])),
     )
     leads = ranks is None or ranks.rank == 0
     if leads:
         check_outputs(options)
         inputs = read_inputs(options)
-    loader = Loader.make(
-        a.checkpoint, plan.devices, lora=a.lora, dtype=DTYPES[a.dtype] if a.dtype else None, backend=a.backend,
-        fp8=a.fp8, say=_say if leads else None,
-    )
+    loader = Loader.make(a.checkpoint, plan.devices, **load_options(a, say if leads else None))
     group = None if ranks is None else join(line, ranks, plan)
     if group is not None and not leads:
         serve(loader, group, plan)
@@ -126,15 +136,15 @@ def _make_checkpoint(a: argparse.Namespace) -> int:
 
 def _quantize(a: argparse.Namespace) -> int:
     from liverelay.engine.devices import check_device
-    from liverelay.engine.media import check_writable
+    from liverelay.engine.media import check_outputs
     from liverelay.engine.quantize import quantize_checkpoint, write_errors
 
     if a.json is not None:
-        check_writable(a.json)
+        check_outputs([("list of errors", a.json)], [None if a.lora is None else Path(a.lora)])
         for folder in (a.checkpoint, a.out):
             if a.json.resolve().is_relative_to(folder.resolve()):
                 raise OutputError(f"{a.json} lies inside {folder}; give a file beside it")
-    errors = quantize_checkpoint(a.checkpoint, a.out, lora=a.lora, device=check_device(a.device), say=_say)
+    errors = quantize_checkpoint(a.checkpoint, a.out, lora=a.lora, device=check_device(a.device), say=say)
     print("relative error of the weights, one scale a row (ours) and one a tensor:")
     groups: dict[str, list[tuple[float, float]]] = {}
     for error in errors:
@@ -170,12 +180,13 @@ def _kernels(a: argparse.Namespace) -> int:
 
 
 def _golden(a: argparse.Namespace) -> int:
-    from liverelay.engine.golden import run
-    from liverelay.engine.media import check_writable
+    from liverelay.engine.devices import set_threads
+    from liverelay.engine.golden import GIVEN, run
+    from liverelay.engine.media import check_outputs
     from liverelay.engine.models.weights import save_tensors
 
-    _set_threads(a.threads)
-    check_writable(a.out)
+    set_threads(a.threads)
+    check_outputs([("result", a.out)], [a.weights, *(a.folder / name for name in GIVEN)])
     results = run(a.component, a.folder, _golden_options(a))
     if results is None:  # a rank that does not lead
         return 0
@@ -191,21 +202,6 @@ def _golden_options(a: argparse.Namespace) -> Any:
     a.device = a.device or "cpu"
     line = LineOptions(a.device, a.plan, a.transport, a.timeout)
     return GoldenOptions(DTYPES[a.dtype], a.weights, a.backend, a.device.split(",")[0], line)
-
-
-def _say(line: str) -> None:
-    if sys.stderr is not None:  # closed by the caller; print would take standard output instead
-        print(line, file=sys.stderr)
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        most = 4 * (os.cpu_count() or 1)
-        if threads > most:
-            raise InputError(f"{threads} threads are too many for this machine; at most {most}")
-        torch.set_num_threads(threads)
 
 
 # -- arguments -----------------------------------------------------------------------------------------------------
@@ -251,29 +247,18 @@ def _parser() -> argparse.ArgumentParser:
     golden.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     golden.add_argument("--weights", type=Path, metavar="FILE", help="weights instead of those of DIR")
     golden.add_argument("--backend", metavar="NAME", help="kernel backend (torch)")
-    _add_line(golden, "cpu", threads=1)
+    add_stages(golden, "cpu", threads=1)
+    _add_transport(golden)
     golden.set_defaults(command=_golden)
     add_planning(commands)
     add_serve(commands)
     return parser
 
 
-def _add_line(p: argparse.ArgumentParser, default: str, threads: int | None = None) -> None:
-    p.add_argument(
-        "--device", "--devices", dest="device", metavar="NAMES",
-        help=f"cpu, cuda or cuda:N; several with commas between them are a line of stages ({default})",
-    )
-    p.add_argument(
-        "--plan", metavar="STAGES", help="what each device does, as in 0+1,2+3,vae or 0,1,2,3,vae1,vae2 (balanced)"
-    )
+def _add_transport(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--transport", choices=("auto", "local", "gloo", "nccl"), default="auto",
         help="between the processes of torchrun: nccl on GPUs, gloo on CPUs (auto)",
-    )
-    p.add_argument(
-        "--threads", type=positive(int, "threads"), metavar="N", default=threads,
-        help="CPU threads of each process; results are equal to the bit where this number is ("
-        + ("all cores, 1 under torchrun)" if threads is None else f"{threads})"),
     )
     p.add_argument(
         "--timeout", type=positive(float, "seconds"), default=10.0, metavar="S",
@@ -284,7 +269,7 @@ def _add_line(p: argparse.ArgumentParser, default: str, threads: int | None = No
 def _add_generate(p: argparse.ArgumentParser) -> None:
     from liverelay.engine.config import DEFAULT_MAX_SIZE
 
-    p.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder with the published files")
+    add_model(p)
     p.add_argument("--image", type=Path, required=True, metavar="FILE", help="reference picture of the person")
     p.add_argument("--audio", type=Path, required=True, metavar="FILE", help="speech, any common format")
     p.add_argument("--prompt", default="", help="what is to be seen")
@@ -299,11 +284,8 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0, help="of all randomness (0)")
     p.add_argument("--live", action="store_true", help="hear the sound piece by piece, as a live stream would")
     p.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="also write a picture of frames in time")
-    p.add_argument("--lora", metavar="FILE", help="LoRA file, or 'none' (default: looked for beside the checkpoint)")
-    _add_line(p, "a GPU where there is one")
-    p.add_argument("--dtype", choices=("bfloat16", "float32"), help="bfloat16 on a GPU, float32 on a CPU")
-    add_fp8(p)
-    p.add_argument("--backend", metavar="NAME", help="kernel backend or attention, as liverelay kernels lists")
+    add_stages(p, "a GPU where there is one")
+    _add_transport(p)
     p.add_argument(
         "--relative-distance", type=int, metavar="N",
         help="constant distance of the rolling sink, in latent frames (drawn from 4..30 as published)",
@@ -313,7 +295,5 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
         help="save the state in OUT.resume now and then; started again, by hand or by torchrun --max-restarts, a run "
         "that was cut off goes on from there",
     )
-    p.add_argument("--telemetry", type=Path, metavar="FILE.jsonl", help="a line of JSON for each block and stage")
-    p.add_argument("--trace", type=Path, metavar="FILE.json", help="the stages' timeline, in Chrome's trace format")
-    p.add_argument("--view", action="store_true", help="show the stages' figures while they work")
+    add_reports(p)
     p.set_defaults(command=_generate)

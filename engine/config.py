@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
@@ -183,19 +184,20 @@ class RankEnvironment:
     @classmethod
     def read(cls) -> RankEnvironment | None:
         """None in a process that was started alone."""
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        if os.environ.get("WORLD_SIZE", "1") in ("", "0", "1"):
             return None
         try:
             numbers = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
-            address = os.environ["MASTER_ADDR"]
+            address, attempt = os.environ["MASTER_ADDR"], int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         except (KeyError, ValueError) as error:
             raise InputError(f"WORLD_SIZE is set, but {error} is not as torchrun sets it") from None
         rank, world, local, port = numbers
-        return cls(rank, world, local, address, port, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+        return cls(rank, world, local, address, port, attempt)
 
 
 def leave(status: int) -> None:
-    """End a process of several at once: threads that wait for a lost peer in a library cannot be joined."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """End the process at once: threads that wait for a lost peer in a library cannot be joined."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed by the caller, or its disk is full
+            stream.flush()
     os._exit(status)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from liverelay.engine.errors import InputError
@@ -69,3 +71,13 @@ def check_fp8(device: str, dtype: torch.dtype) -> None:
         raise InputError(f"FP8 needs a GPU of sm_89 or later, {device} is sm_{major}{minor}; leave --fp8 out")
     if dtype != torch.bfloat16:
         raise InputError("FP8 on a GPU goes with bfloat16; leave --dtype float32 or --fp8 out")
+
+
+def set_threads(threads: int | None) -> None:
+    """CPU threads of this process; None leaves them. InputError for more than can be of use."""
+    if threads is None:
+        return
+    most = 4 * (os.cpu_count() or 1)
+    if threads > most:
+        raise InputError(f"{threads} threads are too many for this machine; at most {most}")
+    torch.set_num_threads(threads)

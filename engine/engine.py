@@ -7,14 +7,14 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 
 from liverelay.engine.config import DEFAULT_MAX_SIZE, DiTConfig, StreamConfig
 from liverelay.engine.errors import CheckpointError, InputError
-from liverelay.engine.loading import Loader, Say, devices_of
+from liverelay.engine.loading import Loader, LoadOptions, devices_of
 from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import LONGEST_SIDE, Geometry, check_size
@@ -22,6 +22,7 @@ from liverelay.engine.models.image import as_image, choose_size, prepare_image
 from liverelay.engine.models.text import TextEncoder
 from liverelay.engine.models.vae import VAE
 from liverelay.engine.models.weights import open_tensors
+from liverelay.engine.progress import uninterrupted
 from liverelay.engine.relay.messages import Tensors
 from liverelay.engine.relay.pipeline import Observer, Pipeline, local_pipeline
 from liverelay.engine.relay.plan import Plan, balanced_plan
@@ -71,13 +72,9 @@ class Engine:
         cls,
         checkpoint: str | Path,
         *,
-        lora: str | Path | None = None,
-        device: str | Plan | None = None,
-        dtype: torch.dtype | None = None,
-        backend: str | None = None,
-        fp8: bool | str = False,
+        device: str | torch.device | Plan | None = None,
         stream: StreamConfig | None = None,
-        say: Say | None = None,
+        **options: Unpack[LoadOptions],
     ) -> Engine:
         """Load a checkpoint in the published layout (see `liverelay.engine.checkpoint`).
 
@@ -87,11 +84,13 @@ class Engine:
         backend for all operators, or an attention (`liverelay kernels` lists both); None: the fastest.
         fp8: what is in e4m3: "products" (or True), the transformer's large ones; "attention", self-attention with
         arenas of half the size; "all". On a CPU it is only for looking at its error.
+        loop: what runs the stages, "native" (C++) or its twin "python", with the same frames; None: native on CPUs
+        where it was built, python on GPUs.
         say(line) is told what is being loaded. CheckpointError names a file, key or shape that does not fit.
         """
         stream = stream or StreamConfig()
         plan = device if isinstance(device, Plan) else balanced_plan(devices_of(device), stream.steps, vae_share())
-        loader = Loader.make(checkpoint, plan.devices, lora=lora, dtype=dtype, backend=backend, fp8=fp8, say=say)
+        loader = Loader.make(checkpoint, plan.devices, **options)
         return cls.assemble(loader, plan, stream)
 
     @classmethod
@@ -235,15 +234,17 @@ class Engine:
         if self.leader is not None:
             first = Stage(plan.stages[0], spec, self.dit, self.vae, self.loader.dtype)
             return self.leader.build(spec, first, places=self.sessions, observe=self.observe)
-        return local_pipeline(plan, spec, self._make_stages(geometry), places=self.sessions, observe=self.observe)
+        stages, native = self._make_stages(geometry), self.loader.native
+        return local_pipeline(plan, spec, stages, places=self.sessions, observe=self.observe, native=native)
 
     def close(self) -> None:
-        """End the stages of all resolutions; open sessions are lost."""
-        self._stages.clear()
-        while self._lines:
-            self._lines.popitem()[1].close()
-        if self.leader is not None:
-            self.leader.close()
+        """End the stages of all resolutions; open sessions are lost. An interrupt waits until it is done."""
+        with uninterrupted():
+            self._stages.clear()
+            while self._lines:
+                self._lines.popitem()[1].close()
+            if self.leader is not None:
+                self.leader.close()
 
     def after_interrupt(self) -> None:
         """StageLost when the interrupt came because another process of the line has died."""
@@ -283,6 +284,8 @@ def audio_shape(config: DiTConfig, stream: StreamConfig) -> tuple[int, int, int,
 
 def pick_size(picture: tuple[int, int], size: tuple[int, int] | None, max_area: int) -> tuple[int, int]:
     """(height, width) of the video from (width, height) of the picture and what was asked for; InputError else."""
+    if type(max_area) is not int:
+        raise InputError(f"an area is a whole number of pixels, not {max_area!r}")
     if size is None:
         if max_area < 64 * 64:
             raise InputError(f"an area of {max_area} pixels is too small; the smallest video is 64x64")
@@ -290,7 +293,7 @@ def pick_size(picture: tuple[int, int], size: tuple[int, int] | None, max_area: 
         if max(height, width) > LONGEST_SIDE:
             raise InputError(f"a picture of {picture[0]}x{picture[1]} gives a video of {width}x{height}; cut it first")
         return height, width
-    if len(size) != 2 or not all(type(side) is int for side in size):
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(type(side) is int for side in size):
         raise InputError(f"a size is (width, height) in whole pixels, not {size!r}")
     check_size(size)
     return size[1], size[0]

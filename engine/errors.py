@@ -15,6 +15,10 @@ class InputError(LiveRelayError, ValueError):
     """An image, sound, size or option given by the user cannot be used."""
 
 
+class BusyError(InputError):
+    """There is no place, or no time, for one more session now; it can be tried again, or elsewhere."""
+
+
 class OutputError(LiveRelayError):
     """A result cannot be written where the user wants it."""
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from liverelay.engine import media
 from liverelay.engine.engine import DEFAULT_MAX_AREA, Engine, pick_size
-from liverelay.engine.errors import OutputError
-from liverelay.engine.media import ContactSheet, VideoWriter, check_writable, container_of, picture_format
+from liverelay.engine.media import ContactSheet, VideoWriter, container_of, picture_format
 from liverelay.engine.models.audio import SAMPLE_RATE, read_audio, resample
 from liverelay.engine.models.image import as_image, prepare_image
 from liverelay.engine.progress import Progress, uninterrupted
@@ -26,7 +26,7 @@ class GenerateOptions:
     """What to make. size (width, height) in pixels or None for the published rule under max_area; seconds: at most.
 
     snapshot_every: blocks, 0 for never: a run that is cut off can go on from its last snapshot (engine/recovery.py).
-    reports: files that the caller writes beside it, which must be none of the others.
+    reports: files that the caller writes beside it, with what each is; reads: those that it reads.
     """
 
     image: Path
@@ -40,7 +40,8 @@ class GenerateOptions:
     live: bool = False
     contact_sheet: Path | None = None
     snapshot_every: int = 0
-    reports: tuple[Path, ...] = ()
+    reports: tuple[tuple[str, Path], ...] = ()
+    reads: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,7 @@ def check_outputs(options: GenerateOptions) -> None:
     if options.contact_sheet is not None:
         picture_format(options.contact_sheet)
         outputs.append(("contact sheet", options.contact_sheet))
-    outputs += [("report", path) for path in options.reports]
-    names: dict[Path, str] = {}
-    for what, path in outputs:
-        check_writable(path)
-        real = path.resolve()
-        if real in (options.image.resolve(), options.audio.resolve()):
-            raise OutputError(f"the {what} would overwrite the input {path}; give another name")
-        if real in names:
-            raise OutputError(f"the {names[real]} and the {what} are the same file, {path}")
-        names[real] = what
+    media.check_outputs([*outputs, *options.reports], [options.image, options.audio, *options.reads])
 
 
 def read_inputs(options: GenerateOptions) -> Inputs:

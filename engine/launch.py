@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,8 @@ from liverelay.engine.config import RankEnvironment, StreamConfig
 from liverelay.engine.devices import check_device
 from liverelay.engine.engine import Engine
 from liverelay.engine.errors import InputError
-from liverelay.engine.loading import Loader, devices_of
+from liverelay.engine.loading import Loader, LoadOptions, Say, devices_of
+from liverelay.engine.progress import killable
 from liverelay.engine.relay.group import TIMEOUT_S, Group
 from liverelay.engine.relay.plan import Plan, balanced_plan, parse_plan
 from liverelay.engine.relay.ranks import Leader, RankServer
@@ -31,6 +33,12 @@ class LineOptions:
     plan: str | None = None
     transport: str = "auto"
     timeout_s: float = TIMEOUT_S
+
+
+def load_options(a: argparse.Namespace, say: Say | None) -> LoadOptions:
+    """What `arguments.add_model` has read, for `Engine.load`."""
+    dtype = None if a.dtype is None else getattr(torch, a.dtype)
+    return {"lora": a.lora, "dtype": dtype, "backend": a.backend, "fp8": a.fp8, "loop": a.loop, "say": say}
 
 
 def make_plan(options: LineOptions, ranks: RankEnvironment | None, steps: int) -> Plan:
@@ -67,7 +75,8 @@ def join(options: LineOptions, ranks: RankEnvironment, plan: Plan) -> Group:
     nccl = options.transport == "nccl" or (options.transport == "auto" and plan.devices[0].startswith("cuda"))
     if nccl and not plan.devices[0].startswith("cuda"):
         raise InputError("the transport nccl needs a GPU for each process; take gloo")
-    return Group(ranks, "nccl" if nccl else "gloo", options.timeout_s)
+    with killable():  # nothing is there to be kept yet
+        return Group(ranks, "nccl" if nccl else "gloo", options.timeout_s)
 
 
 def serve(loader: Loader, group: Group, plan: Plan) -> None:
@@ -81,11 +90,11 @@ def serve(loader: Loader, group: Group, plan: Plan) -> None:
             dit.choose_attention(spec.geometry, loader.say)
         return Stage(mine, spec, dit, vae, loader.dtype)
 
-    RankServer(group, plan, make_stage).run()
+    RankServer(group, plan, make_stage, loader.native).run()
 
 
 def lead(loader: Loader, group: Group, plan: Plan, stream: StreamConfig) -> Engine:
     """The engine of rank 0, whose line goes over all ranks."""
     engine = Engine.assemble(loader, plan, stream, own=0)
-    engine.leader = Leader(group, plan)
+    engine.leader = Leader(group, plan, loader.native)
     return engine

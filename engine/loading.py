@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -25,10 +26,22 @@ from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.log_mel import load_encoder
 from liverelay.engine.models.vae import VAE
 from liverelay.engine.models.weights import is_quantized, open_tensors
+from liverelay.engine.relay.native_loop import Loop, wanted_loop
 from liverelay.kernels import dispatch
 from liverelay.kernels.attention_backends import named
 
 Say = Callable[[str], None]
+
+
+class LoadOptions(TypedDict, total=False):
+    """Of `Engine.load`, which tells what they mean."""
+
+    lora: str | Path | None
+    dtype: torch.dtype | None
+    backend: str | None
+    fp8: bool | str
+    loop: Loop | None
+    say: Say | None
 
 
 @dataclass(frozen=True)
@@ -40,14 +53,17 @@ class Loader:
     backend: str | None
     operators: str | None
     fp8: bool | str
+    native: bool | None  # of the stages' loops, as relay/native_loop.py wants it
     say: Say
 
     @classmethod
     def make(
         cls, checkpoint: str | Path, devices: tuple[str, ...], *, lora: str | Path | None = None,
-        dtype: torch.dtype | None = None, backend: str | None = None, fp8: bool | str = False, say: Say | None = None,
+        dtype: torch.dtype | None = None, backend: str | None = None, fp8: bool | str = False,
+        loop: Loop | None = None, say: Say | None = None,
     ) -> Loader:
         """As `Engine.load`. CheckpointError and InputError say what is missing or cannot be."""
+        native = wanted_loop(loop, devices)
         files = find_checkpoint(Path(checkpoint), lora)
         missing = files.missing()
         if missing:
@@ -61,10 +77,10 @@ class Loader:
             raise InputError(str(error)) from None
         dtype = dtype or default_dtype(device)
         if dtype not in (torch.float32, torch.bfloat16):
-            raise InputError(f"the engine computes in float32 or bfloat16, not {str(dtype).removeprefix('torch.')}")
+            raise InputError(f"the engine computes in torch.float32 or torch.bfloat16, not {dtype!r}")
         use_exact_float32(device, dtype)
         fp8_parts(fp8)
-        return cls(files, dtype, backend, operators, fp8, say or (lambda line: None))
+        return cls(files, dtype, backend, operators, fp8, native, say or (lambda line: None))
 
     def open_dit(self, device: str) -> tuple[Mapping[str, Tensor], DiTConfig]:
         source, config = self.files.open_dit(device)
@@ -102,6 +118,8 @@ class Loader:
         return audio
 
 
-def devices_of(device: str | None) -> tuple[str, ...]:
+def devices_of(device: str | torch.device | None) -> tuple[str, ...]:
     """`cuda:0,cuda:1` -> two devices, checked; None: a GPU where there is one. InputError else."""
-    return tuple(check_device(name.strip()) for name in (device or default_device()).split(","))
+    if not isinstance(device, str | torch.device | None):
+        raise InputError(f"a device is a name, as in cuda:1, not {device!r}")
+    return tuple(check_device(name.strip()) for name in str(device or default_device()).split(","))

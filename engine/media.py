@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -40,12 +40,13 @@ def _av() -> Any:
 
 def check_writable(path: Path) -> None:
     """OutputError when no file of this name can be made: no folder, a folder of that name, no permission, no space."""
-    folder = path.parent
+    target = real_path(path)
+    folder = path.parent if target.parent == real_path(path.parent) else target.parent
     if not os.path.isdir(folder):
         raise OutputError(f"cannot write {path}: the folder {folder} does not exist")
     if os.path.isdir(path):
         raise OutputError(f"cannot write {path}: it is a folder")
-    probe = part_path(path)
+    probe = part_path(target)
     try:
         with open(probe, "wb") as file:
             file.write(bytes(65536))
@@ -56,6 +57,24 @@ def check_writable(path: Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
+
+
+def check_outputs(outputs: Sequence[tuple[str, Path]], inputs: Iterable[Path | None]) -> None:
+    """OutputError when one of the outputs, given with what each is, cannot be made, or is another one or an input."""
+    seen: list[tuple[str, Path]] = []
+    read = [path for path in inputs if path is not None]
+    for what, path in outputs:
+        check_writable(path)
+        if any(_same(path, other) for other in read):
+            raise OutputError(f"the {what} would overwrite the input {path}; give another name")
+        for before, other in seen:
+            if _same(path, other):
+                raise OutputError(f"the {before} and the {what} are the same file, {path}; give two names")
+        seen.append((what, path))
+
+
+def _same(path: Path, other: Path) -> bool:
+    return real_path(path) == real_path(other) or (path.exists() and other.exists() and path.samefile(other))
 
 
 def container_of(path: Path) -> str:

@@ -6,6 +6,7 @@ import importlib
 import platform
 from types import ModuleType
 
+from liverelay.engine.errors import LiveRelayError
 from liverelay.engine.version import __version__
 
 
@@ -15,6 +16,13 @@ def module() -> ModuleType | None:
         return importlib.import_module("liverelay.engine._C")
     except ImportError:
         return None
+
+
+def check(feature: str, name: str) -> None:
+    """LiveRelayError unless the module is there and holds `name`, which a module built earlier may lack."""
+    if not hasattr(module(), name):
+        why = "which was not built: that needs a C++ compiler and cmake"
+        raise LiveRelayError(f"{feature} needs the compiled module, {why}")
 
 
 def build_info() -> dict[str, str]:

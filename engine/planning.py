@@ -247,19 +247,20 @@ def _facts(forecast: Forecast) -> dict[str, Any]:
 
 
 def _simulate(a: argparse.Namespace) -> int:
-    from liverelay.engine.media import check_writable
+    from liverelay.engine.media import check_outputs, picture_format
     from liverelay.engine.relay.planner import Task, best_plan
     from liverelay.engine.relay.simulator import Clock, Line, simulate
     from liverelay.engine.telemetry import Telemetry
 
-    times_of, task, visits = _times_of(a), Task(a.size, a.fp8 or ""), _visits(a)
-    machine = _machine(a, task.handoff_bytes, nodes=a.nodes, handoff_ms=a.handoff_ms)
     draw = None
     if a.plot is not None:
         from liverelay.engine.timeline import drawer, of_line
 
-        check_writable(a.plot)
+        picture_format(a.plot)
         draw = drawer(a.plot)
+    check_outputs([(what, path) for what, path in (("trace", a.trace), ("plot", a.plot)) if path], [a.times])
+    times_of, task, visits = _times_of(a), Task(a.size, a.fp8 or ""), _visits(a)
+    machine = _machine(a, task.handoff_bytes, nodes=a.nodes, handoff_ms=a.handoff_ms)
     devices = len(machine.devices)
     count = a.lines or max(1, devices // (len(times_of(task).step_ms) + 1))
     if count > devices:
@@ -352,11 +353,11 @@ def _result(
 
 
 def _timeline(a: argparse.Namespace) -> int:
-    from liverelay.engine.media import check_writable, picture_format
+    from liverelay.engine.media import check_outputs, picture_format
     from liverelay.engine.timeline import drawer, of_trace
 
     picture_format(a.out)
-    check_writable(a.out)
+    check_outputs([("picture", a.out)], [a.trace])
     drawer(a.out)(of_trace(a.trace))
     print(a.out)
     return 0

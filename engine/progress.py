@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import TextIO
+from types import FrameType
+from typing import Any, TextIO
 
 LINE_EVERY_S = 5.0
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and a polite kill, which ends like it
+PATIENCE_S = 5.0  # after an interrupt, in which another one is the same
 
 
 class Progress:
@@ -59,18 +63,54 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def say(line: str) -> None:
+    """Tell the user what is being done, on standard error."""
+    if sys.stderr is not None:  # closed by the caller; print would take standard output instead
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _handled(handler: Any) -> Iterator[None]:
+    """Another handler of interrupts; signals go to the main thread only."""
+    with contextlib.ExitStack() as before:  # all of it is put back, also when an interrupt comes meanwhile
+        if threading.current_thread() is threading.main_thread():
+            for number in INTERRUPTS:
+                before.callback(signal.signal, number, signal.signal(number, handler))
+        yield
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C and a polite kill wait until the body is done; then KeyboardInterrupt is raised."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals go to the main thread only
-        return
+    """Let Ctrl-C and a polite kill wait until the body is done; then one comes."""
     came: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _handled(lambda number, _: came.append(number)):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if came:
-        raise KeyboardInterrupt
+        signal.raise_signal(came[0])
+
+
+def killable() -> contextlib.AbstractContextManager[None]:
+    """Let Ctrl-C and a polite kill end the process at once: for waits inside a library, which lets no handler run."""
+    return _handled(signal.SIG_DFL)
+
+
+def catch_interrupts() -> None:
+    """From now on Ctrl-C and a polite kill raise KeyboardInterrupt, but not a second time soon after: what the first
+    one closes and names is not cut. One that was lost can be given again."""
+    last = -math.inf
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > PATIENCE_S:
+            last = now
+            raise KeyboardInterrupt
+
+    for number in INTERRUPTS:
+        signal.signal(number, interrupt)
+
+
+def ignore_interrupts() -> None:
+    """The process is ending: threads that are left half-way would take it down."""
+    for number in INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)

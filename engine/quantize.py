@@ -75,7 +75,7 @@ def quantize_checkpoint(
             _link(path, part / path.name)
         os.replace(part, out)
     except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.filename or ''} {error.strerror or error}") from None
+        raise OutputError(f"cannot write {out}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return errors

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from liverelay.engine.errors import LiveRelayError
 from liverelay.engine.models.audio_live import LiveAudio
+from liverelay.engine.models.geometry import check_size
 from liverelay.engine.relay.messages import Tensors
 from liverelay.engine.relay.pipeline import Pipeline
 from liverelay.engine.snapshot import Snapshot
@@ -81,9 +82,14 @@ class Session(Stream):
                 with self._asking:
                     self.fill_silence(self._next)
                     self._want_block()
-            made, frames = self._wanted[0].made, self._frames_of(self._wanted[0])
-            self._wanted.popleft()
-            yield self.chunk(made, frames, idle=idle)
+            with self._asking:
+                self.check_open()
+                wanted = self._wanted[0]
+            frames = self._frames_of(wanted)
+            with self._asking:
+                self._open_serial()
+                self._wanted.popleft()
+            yield self.chunk(wanted.made, frames, idle=idle)
 
     def _ask(self, idle: bool) -> bool:
         """Ask for the next block where it can be made now; whether it was."""
@@ -126,10 +132,14 @@ class Session(Stream):
     def snapshot(self) -> Snapshot:
         """The session as it is after the last chunk that `frames` gave; `Engine.resume` goes on from there.
 
-        Waits for the blocks that are under way; they are in it. The session itself goes on as if nothing had been.
+        Waits for the blocks that are under way; they are in it. The session itself goes on with the same blocks as
+        without it, but for a live one whose sound is not at 16 kHz: a new resampler takes over at this point, here as
+        in the resumed session, so both hear the same, and about this moment not quite what one without a snapshot does.
         """
-        self.check_open()
-        frames = {wanted.made.block: self._frames_of(wanted) for wanted in self._wanted}
+        with self._asking:
+            self.check_open()
+            under_way = list(self._wanted)
+        frames = {wanted.made.block: self._frames_of(wanted) for wanted in under_way}
         saved = self.line.save(self._open_serial()).result()
         kind, (sound, numbers) = "live" if self._live else "file", self._track.state()
         tensors = {f"given.{name}": tensor for name, tensor in self._given.items()} | {"track.sound": _tensor(sound)}
@@ -138,7 +148,7 @@ class Session(Stream):
         reference = self.line.reference(self._open_serial())
         if reference is not None:
             tensors["stage.new_reference"] = reference
-        for wanted in self._wanted:
+        for wanted in under_way:
             block = wanted.made.block
             tensors |= {f"frames.{block}": _tensor(frames[block]), f"sound.{block}": _tensor(wanted.made.sound)}
         geometry = self.spec.geometry
@@ -173,10 +183,11 @@ class Session(Stream):
 
     def close(self) -> None:
         """Give the session's place back; it cannot be used afterwards."""
-        if self._serial is None:
-            return
-        serial, self._serial, self._live = self._serial, None, None
-        self._wanted.clear()
+        with self._asking:  # in `frames` of another thread it comes before or after a block is taken
+            if self._serial is None:
+                return
+            serial, self._serial, self._live = self._serial, None, None
+            self._wanted.clear()
         if self._release.detach():
             self.line.close_session(serial)
 
@@ -192,7 +203,9 @@ def resume(engine: Engine, snapshot: Snapshot) -> Session:
     numbers, track = snapshot.facts["numbers"], dict(snapshot.facts["track"])
     live, sound = track.pop("kind") == "live", snapshot.tensors["track.sound"].numpy()
     heard = LiveAudio.restore(engine.audio, sound, track) if live else WholeFile(engine.audio, sound, engine.stream.fps)
-    given, line = snapshot.part("given"), engine.line(*snapshot.facts["latent"])
+    height, width = snapshot.facts["latent"]
+    check_size((8 * width, 8 * height))
+    given, line = snapshot.part("given"), engine.line(height, width)
     serial = line.open(given, rate=engine.rate(live=live), state=(snapshot.part("stage"), numbers))
     keys = {name: snapshot.facts[name] for name in ("seed", "session_id")}
     return Session(engine, line, serial, heard, given, **keys)._restore(snapshot)

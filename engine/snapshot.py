@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,21 @@ from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.weights import save_tensors
 
 FORMAT = "liverelay session 1"
+GIVEN = ("given.text", "given.reference", "given.motion", "track.sound")
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int
+
+
+FACTS: dict[str, Callable[[Any], bool]] = {  # what a snapshot says beside its model and stream, and of which form
+    "seed": _is_whole,
+    "session_id": _is_whole,
+    "next": lambda value: _is_whole(value) and value >= 0,
+    "latent": lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_whole, value)),
+    "numbers": lambda value: isinstance(value, dict) and all(map(_is_whole, value.values())),
+    "track": lambda value: isinstance(value, dict) and value.get("kind") in ("file", "live"),
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,15 @@ class Snapshot:
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for name, fits in FACTS.items():
+            if not fits(self.facts.get(name)):
+                raise InputError(f"the snapshot is damaged: its {name} is {self.facts.get(name)!r:.60}")
+        sounds = [f"sound.{block}" for block in self.part("frames")]
+        for name in (*GIVEN, *sounds):
+            if name not in self.tensors:
+                raise InputError(f"the snapshot is damaged: it lacks {name}")
 
     def part(self, name: str) -> dict[str, Tensor]:
         """The tensors of one kind, by the rest of their names."""
@@ -43,12 +68,12 @@ class Snapshot:
         try:
             with safe_open(str(path), "pt") as file:
                 facts = json.loads((file.metadata() or {}).get("liverelay", "{}"))
-                if facts.pop("format", None) != FORMAT:
-                    raise InputError(f"{path} is not a snapshot of a session that this version can read")
+                if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
+                    raise InputError("this is no snapshot of a session that this version can read")
                 return cls({name: file.get_tensor(name) for name in file.keys()}, facts)  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
             if isinstance(error, InputError):
-                raise
+                raise InputError(f"{path}: {error}") from None
             raise InputError(f"{path} cannot be read as a snapshot: {error}") from None
 
     def check(self, name: str, value: Any) -> None:

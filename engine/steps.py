@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from liverelay.engine.errors import InputError, LiveRelayError
+from liverelay.engine.errors import BusyError, LiveRelayError
 from liverelay.engine.relay.handoff import Parcel
 from liverelay.engine.relay.messages import Block, Tensors
 from liverelay.engine.relay.stage import Stage
@@ -38,10 +38,10 @@ class StageSet:
         self._free = list(range(places))[::-1]  # appended to without the lock, which whoever gives back may hold
 
     def take_place(self) -> int:
-        """InputError when there is none."""
+        """BusyError when there is none."""
         with self.lock:
             if not self._free:
-                raise InputError("no session can be opened: all places are taken; close a session")
+                raise BusyError("no session can be opened: all places are taken; close a session")
             return self._free.pop()
 
     def give_back(self, place: int) -> None:

@@ -4,12 +4,14 @@ session. `liverelay timeline` draws the trace that `generate --trace` wrote."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from liverelay.engine.errors import InputError, MissingExtraError, OutputError
+from liverelay.engine.media import part_path, picture_format, real_path
 from liverelay.engine.relay.simulator import Line, Span
 
 # A dozen hues of like lightness, so that no session stands out; text on them is dark.
@@ -73,9 +75,12 @@ def drawer(path: Path) -> Callable[[Picture], None]:
     def draw(picture: Picture) -> None:
         figure = Figure(figsize=(15, 1.5 + 0.52 * len(picture.rows)), layout="constrained")
         _draw(figure, picture)
+        part = part_path(real_path(path))
         try:
-            figure.savefig(path, dpi=150)
+            figure.savefig(part, dpi=150, format=picture_format(path).lower())
+            os.replace(part, real_path(path))
         except (OSError, ValueError) as error:
+            part.unlink(missing_ok=True)
             raise OutputError(f"cannot write {path}: {error}") from None
 
     return draw

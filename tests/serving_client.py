@@ -13,9 +13,19 @@ from liverelay.engine.frame_ring import FrameRing, RingFrame
 from liverelay.engine.serving import sockets
 from liverelay.engine.serving.protocol import REPLY, Fields, Kind, Tag, encode
 
+Numbers = np.random.Generator
+
 
 class RefusedError(Exception):
     """An answer with an error: code, text."""
+
+
+def picture(numbers: Numbers) -> np.ndarray:
+    return numbers.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+def sound(numbers: Numbers, samples: int) -> np.ndarray:
+    return (0.1 * numbers.standard_normal(samples)).astype(np.float32)
 
 
 def png(pixels: np.ndarray) -> bytes:

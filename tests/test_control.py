@@ -6,6 +6,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,6 +200,29 @@ def test_random_damage_never_stops_the_server(server: Server, rnd: Random) -> No
     with pytest.raises(RefusedError, match="no session"):
         witness.ask(Kind.SNAPSHOT)
     witness.close()
+
+
+def test_a_server_that_closes_while_a_client_comes_ends(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, start = threading.Event(), threading.Thread.start
+
+    def slowly(thread: threading.Thread) -> None:
+        if thread.name == "client":
+            started.set()
+            time.sleep(0.2)
+        start(thread)
+
+    other = Server(server.engine, tmp_path / "s")
+    accepting = threading.Thread(target=other.run)
+    accepting.start()
+    monkeypatch.setattr(threading.Thread, "start", slowly)
+    client = ServingClient(other.path)
+    assert started.wait(20)
+    other.close()
+    accepting.join(20)
+    assert not accepting.is_alive()
+    client.close()
 
 
 def test_connections_that_say_nothing_are_bounded_and_closed(

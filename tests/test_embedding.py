@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -85,24 +87,28 @@ def speech() -> np.ndarray:
         return np.frombuffer(file.readframes(file.getnframes()), np.int16)
 
 
-def check_sound(heard: np.ndarray, frames: int) -> None:
-    """The sample, and silence up to the end of the last frame. heard: int16."""
+def check_sound(path: Path, frames: int) -> None:
+    """A WAV file of the sample, and of silence up to the end of the last frame."""
     expected = speech()
     assert frames == -(-len(expected) // 640)
+    with wave.open(str(path)) as file:
+        assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 16000)
+        assert file.getnframes() == frames * 640 and path.stat().st_size == 44 + frames * 1280
+        heard = np.frombuffer(file.readframes(frames * 640), np.int16)
     assert np.array_equal(heard, np.pad(expected, (0, frames * 640 - len(expected))))
 
 
 def test_examples_in_three_languages_make_the_same_video(
     server: Server, prefix: Path, examples: Path, tmp_path: Path
 ) -> None:
-    frames = frames_of(run(examples / "talk_c", server.path, PICTURE, SPEECH, "c.rgb", "c.f32", cwd=tmp_path))
+    frames = frames_of(run(examples / "talk_c", server.path, PICTURE, SPEECH, "c.rgb", "c.wav", cwd=tmp_path))
     video = np.fromfile(tmp_path / "c.rgb", np.uint8)
     assert video.size == frames * 128 * 128 * 3 and video.std() > 1
-    check_sound((np.fromfile(tmp_path / "c.f32", np.float32) * 32768).astype(np.int16), frames)
+    check_sound(tmp_path / "c.wav", frames)
 
-    output = run(examples / "talk_cpp", server.path, PICTURE, SPEECH, "cpp.nv12", "cpp.f32", cwd=tmp_path)
+    output = run(examples / "talk_cpp", server.path, PICTURE, SPEECH, "cpp.nv12", "cpp.wav", cwd=tmp_path)
     assert frames_of(output) == frames and re.search(r"snapshot [0-9a-f]{32} goes on with frame", output)
-    assert (tmp_path / "cpp.f32").read_bytes() == (tmp_path / "c.f32").read_bytes()
+    check_sound(tmp_path / "cpp.wav", frames)
     assert (tmp_path / "cpp.nv12").stat().st_size == video.size // 2
 
     venv.create(tmp_path / "venv", with_pip=False)
@@ -113,9 +119,7 @@ def test_examples_in_three_languages_make_the_same_video(
         python, "-I", script, library_of(prefix), server.path, PICTURE, SPEECH, "py.rgb", "py.wav", cwd=tmp_path
     )
     assert frames_of(output) == frames and np.array_equal(np.fromfile(tmp_path / "py.rgb", np.uint8), video)
-    with wave.open(str(tmp_path / "py.wav")) as file:
-        heard = np.frombuffer(file.readframes(frames * 640), np.int16)
-    assert np.abs(heard.astype(int) - np.pad(speech(), (0, frames * 640 - len(speech())))).max() <= 2
+    check_sound(tmp_path / "py.wav", frames)
     wait_until_free(server)
 
 
@@ -164,12 +168,17 @@ def test_the_client_library_is_sound_under_sanitizers(
 
 
 def test_a_killed_server_is_noticed_and_replaced(
-    examples: Path, checkpoint: Path, tmp_path: Path
+    examples: Path, prefix: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     path, outputs = tmp_path / "s", (tmp_path / "v", tmp_path / "a")
     serve = [sys.executable, "-m", "liverelay.engine", "serve", "--checkpoint", str(checkpoint), "--socket", str(path)]
     with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as killed:
         assert killed.stdout is not None and "serving" in killed.stdout.readline()
+        talk = runpy.run_path(str(ROOT / "examples" / "embedding" / "talk_ctypes.py"))
+        library, own, session = talk["load"](str(library_of(prefix))), ctypes.c_uint64(), ctypes.c_uint64()
+        assert library.liverelay_connect(str(path).encode(), 1, 60000, ctypes.byref(own)) == 0
+        image, options = PICTURE.read_bytes(), talk["Options"](struct_bytes=48, max_area=64 * 64)
+        assert library.liverelay_open(own, image, len(image), b"", options, 60000, ctypes.byref(session)) == 0
         command = [str(part) for part in (examples / "talk_c", path, PICTURE, SPEECH, *outputs)]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as client:
             while not outputs[0].exists() or not outputs[0].stat().st_size:
@@ -179,6 +188,9 @@ def test_a_killed_server_is_noticed_and_replaced(
             assert client.stderr is not None
             error = client.stderr.read()
             assert client.wait(60) == 1 and "the server" in error and "-5" in error
+        killed.wait()
+        assert library.liverelay_push(session, bytes(1280), 640, 1, 1, 16000, 0, None) == Code.LOST
+        assert library.liverelay_close(session) == 0 and library.liverelay_disconnect(own) == 0
     with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and "serving" in process.stdout.readline()  # the stale socket is replaced
         run(*command)

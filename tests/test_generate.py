@@ -142,13 +142,16 @@ BROKEN = {
     "audio is no audio": (("--audio", "text.txt"), "text.txt"),
     "empty audio": (("--audio", "empty.wav"), "empty.wav"),
     "NaN audio": (("--audio", "nan.wav"), "nan.wav"),
+    "integers as floats": (("--audio", "loud.wav"), "up to 30000; full scale is 1"),
     "size does not divide": (("--size", "100x64"), "128x64"),
     "no folder for the output": (("--out", "nowhere/x.mp4"), "nowhere"),
+    "no folder where the output leads": (("--out", "link.mp4"), "the folder /nowhere does not exist"),
     "no folder for the sheet": (("--contact-sheet", "nowhere/x.png"), "nowhere"),
     "sheet over video": (("--contact-sheet", "x.mp4"), "x.mp4"),
     "trace over the picture": (("--trace", "deep.png", "--image", "deep.png"), "overwrite the input"),
     "telemetry over video": (("--telemetry", "x.mp4"), "x.mp4"),
-    "two reports in one file": (("--telemetry", "a.json", "--trace", "a.json"), "a.json"),
+    "two reports in one file": (("--telemetry", "a.json", "--trace", "./a.json"), "the telemetry and the trace are"),
+    "telemetry over the LoRA": (("--lora", "text.txt", "--telemetry", "link.txt"), "overwrite the input"),
     "no folder for the trace": (("--trace", "nowhere/x.json"), "nowhere"),
     "sheet is no picture": (("--contact-sheet", "x.pdf"), ".png"),
     "sheet over the sound": (("--contact-sheet", "tone.png", "--audio", "tone.png"), "overwrite the input"),
@@ -171,12 +174,15 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(
 ) -> None:
     write_sound(tmp_path / "sound.wav", 0.3)
     (tmp_path / "text.txt").write_text("not what it seems")
+    (tmp_path / "link.txt").hardlink_to(tmp_path / "text.txt")
+    (tmp_path / "link.mp4").symlink_to("/nowhere/x.mp4")
     (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:2000])
     Image.new("RGB", (1, 4000)).save(tmp_path / "thread.png")
     Image.new("I;16", (64, 64)).save(tmp_path / "deep.png")
     (tmp_path / "tone.png").write_bytes((tmp_path / "sound.wav").read_bytes())
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "nan.wav", np.full(1000, np.nan, dtype=np.float32), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "loud.wav", np.full(1000, 30000, dtype=np.float32), 16000, subtype="FLOAT")
     before = names(tmp_path)
     flags, word = BROKEN[case]
     monkeypatch.chdir(tmp_path)

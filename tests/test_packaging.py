@@ -51,6 +51,12 @@ def test_without_the_compiled_module_the_twin_answers(monkeypatch: pytest.Monkey
     assert info["kind"] == "python" and info["version"] == __version__
 
 
+def test_every_public_name_is_there_and_the_frame_ring_needs_no_torch() -> None:
+    code = "import sys, liverelay.engine as e; print('numpy' in sys.modules, e.FrameRing.__name__, "
+    code += "'torch' in sys.modules, all(hasattr(e, name) for name in e.__all__))"
+    assert python("-c", code, cwd=ROOT).stdout.split() == ["False", "FrameRing", "False", "True"]
+
+
 @COMPILED
 def test_the_stub_says_what_the_compiled_module_holds(tmp_path: Path) -> None:
     pytest.importorskip("mypy", reason="mypy is not installed")

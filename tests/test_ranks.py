@@ -186,3 +186,10 @@ def test_what_cannot_be_is_refused_by_every_process(
     status, errors = finish(start(2, [*generate(checkpoint, inputs, tmp_path / "x.mkv"), *flags]))
     assert status != 0 and any(text in line for line in ours(errors)), errors
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_waits_for_the_others_can_be_ended(checkpoint: Path, inputs: Path, tmp_path: Path) -> None:
+    flags = generate(checkpoint, inputs, tmp_path / "x.mkv", "--audio", "nowhere.wav")  # seen by the leader alone
+    status, errors = finish(start(2, flags))
+    assert status != 0 and ours(errors) == {"liverelay: the sound file nowhere.wav does not exist"}
+    assert "SIGKILL" not in errors  # which torchrun sends half a minute later

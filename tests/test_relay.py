@@ -126,6 +126,24 @@ def test_sessions_on_one_line_do_not_mix(parts: Parts, rng: torch.Generator) -> 
     line.close()
 
 
+def test_a_line_whose_end_was_cut_off_can_be_closed_again(
+    parts: Parts, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = make_line(parts, "0+1,2+3+vae")
+    line.open(session(parts, rng, 0)[0])
+    threads = [worker._thread for worker in line.workers]  # type: ignore[attr-defined]
+
+    def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            line.close()
+    line.close()
+    assert not any(thread.is_alive() for thread in threads)
+
+
 def test_a_place_is_used_again_and_holds_nothing_of_the_session_before(parts: Parts, rng: torch.Generator) -> None:
     line = make_line(parts, "0+1,2+3+vae")
     first, second = session(parts, rng, 5), session(parts, rng, 6)

@@ -1,40 +1,37 @@
-"""`liverelay serve`: a client gets the frames of the engine's own session; snapshots, interrupts, refusals, the end."""
+"""`liverelay serve`: a client gets the frames of the engine's own session; snapshots, interrupts, refusals."""
 
 from __future__ import annotations
 
-import os
-import signal
 import stat
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from liverelay.engine import cli, native
+from liverelay.engine import native
 from liverelay.engine.config import StreamConfig
 from liverelay.engine.engine import Engine
-from liverelay.engine.errors import InputError, RingClosedError
+from liverelay.engine.errors import InputError, OutputError, RingClosedError, RingError
+from liverelay.engine.frame_ring import FrameRing
 from liverelay.engine.frame_ring_layout import FOLDER
-from liverelay.engine.serving import sockets
+from liverelay.engine.serving import sockets, worker
 from liverelay.engine.serving.nv12 import to_nv12
 from liverelay.engine.serving.protocol import Code, Fields, Kind, Tag
 from liverelay.engine.serving.server import Server
 from liverelay.engine.serving.states import States
 from liverelay.engine.session import Session
 from liverelay.engine.stream import Chunk
-from tests.serving_client import RefusedError, ServingClient, png, request
+from tests.serving_client import Numbers, RefusedError, ServingClient, picture, png, request, sound
 
 for library in ("transformers", "PIL", "ftfy", "soxr"):
     pytest.importorskip(library)
 if not hasattr(native.module(), "ring_create"):
     pytest.skip("the compiled module was not built", allow_module_level=True)
-Numbers = np.random.Generator
 RATE, FRAME = 16000, 640
 OUTPUT: Fields = {Tag.PIXELS: 1, Tag.POLICY: 0, Tag.SLOTS: 8, Tag.IDLE: 0}
 
@@ -69,14 +66,6 @@ def within(seconds: float, holds: object) -> None:
     while not holds():  # type: ignore[operator]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def picture(numbers: Numbers) -> np.ndarray:
-    return numbers.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-
-
-def sound(numbers: Numbers, samples: int) -> np.ndarray:
-    return (0.1 * numbers.standard_normal(samples)).astype(np.float32)
 
 
 def test_a_client_gets_what_the_engine_itself_would_give(
@@ -131,6 +120,72 @@ def test_a_session_goes_on_from_a_token(server: Server, client: ServingClient, n
     for wrong in (token, "0" * 32, "../" + "0" * 29):
         with pytest.raises(RefusedError, match="no snapshot"):
             client.ask(Kind.RESUME, OUTPUT | {Tag.TOKEN: wrong})
+
+
+def test_sound_of_another_rate_is_all_heard(client: ServingClient, numbers: Numbers) -> None:
+    rate, count = int(numbers.choice([8000, 44100, 48000])), int(numbers.integers(4000, 40000))
+    client.open(Kind.OPEN, request(png(picture(numbers)), slots=64))
+    for piece in np.split(sound(numbers, count), np.sort(numbers.integers(0, count, 9))):
+        client.push(piece, rate)
+    client.sound.close()
+    indices = client.rest()[0]
+    heard = int(client.ask(Kind.HEALTH)[Tag.HEARD])
+    assert abs(heard - count * RATE / rate) <= 1 and len(indices) == -(-heard // FRAME)
+
+
+def test_a_snapshot_that_cannot_be_kept_is_no_fault_of_the_engine(
+    client: ServingClient, numbers: Numbers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(states: States, snapshot: object) -> str:
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr(States, "put", put)
+    client.open(Kind.OPEN, request(png(picture(numbers))))
+    with pytest.raises(RefusedError) as refused:
+        client.ask(Kind.SNAPSHOT)
+    assert refused.value.args == (Code.SYSTEM, "the disk is full")
+    client.push(sound(numbers, RATE))
+    client.sound.close()
+    assert len(client.rest()[0]) == 25
+
+
+def test_too_little_shared_memory_is_said_and_takes_no_place(
+    client: ServingClient, numbers: Numbers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[FrameRing] = []
+
+    class Ring(FrameRing):
+        @classmethod
+        def create(cls, *, slots: int, **options: Any) -> FrameRing:
+            if slots == 256:  # that of the sound, the second one
+                raise RingError("no 5 MiB of shared memory for the ring")
+            made.append(FrameRing.create(slots=slots, **options))
+            return made[-1]
+
+    monkeypatch.setattr(worker, "FrameRing", Ring)
+    with pytest.raises(RefusedError) as refused:
+        client.ask(Kind.OPEN, request(png(picture(numbers))))
+    assert refused.value.args == (Code.SYSTEM, "no 5 MiB of shared memory for the ring")
+    assert client.ask(Kind.HEALTH)[Tag.SESSIONS] == 0 and not (FOLDER / made[0].name).exists()
+
+
+def test_a_session_that_there_is_no_time_for_may_come_again(
+    server: Server, client: ServingClient, numbers: Numbers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.engine, "admit_by_rate", True)
+    monkeypatch.setattr(server.engine.line(8, 8).scheduler, "blocks_per_s", 1.0)
+    with pytest.raises(RefusedError) as refused:
+        client.ask(Kind.OPEN, request(png(picture(numbers))))
+    assert refused.value.args[0] == Code.BUSY and "no session can be opened" in refused.value.args[1]
+
+
+def test_sessions_of_two_sizes_have_numbers_of_their_own(server: Server, numbers: Numbers) -> None:
+    # Telemetry tells them apart by these alone.
+    sizes = ((64, 64), (128, 64))
+    sessions = [server.engine.open(picture(numbers), size=size) for size in sizes for _ in range(2)]
+    assert len({session._serial for session in sessions}) == 4
+    for session in sessions:
+        session.close()
 
 
 def test_only_the_latest_snapshots_are_kept(server: Server, numbers: Numbers, tmp_path: Path) -> None:
@@ -306,9 +361,6 @@ def test_a_client_that_damages_its_rings_harms_itself_only(server: Server, numbe
     good.close()
 
 
-# -- the socket and the command ----------------------------------------------------------------------------------------
-
-
 def test_the_socket_is_its_users_alone(server: Server, tmp_path: Path) -> None:
     assert stat.S_IMODE(server.path.stat().st_mode) == 0o600
     with pytest.raises(InputError, match="listens on"):
@@ -327,29 +379,3 @@ def test_the_socket_is_its_users_alone(server: Server, tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     with pytest.raises(InputError, match="mkdir -m 700"):
         sockets.listen(tmp_path / "s")
-
-
-def test_without_the_compiled_module_serve_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setitem(sys.modules, "liverelay.engine._C", None)
-    assert cli.main(["serve", "--checkpoint", str(tmp_path), "--socket", str(tmp_path / "s")]) == 1
-    error = capsys.readouterr().err
-    assert "compiled module" in error and error.count("\n") == 1
-
-
-def test_a_polite_kill_removes_the_socket_and_the_rings(checkpoint: Path, numbers: Numbers, tmp_path: Path) -> None:
-    path = tmp_path / "s"
-    command = [sys.executable, "-m", "liverelay.engine", "serve", "--checkpoint", str(checkpoint), "--socket", path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and "serving" in process.stdout.readline()
-        client = ServingClient(path)
-        client.open(Kind.OPEN, request(png(picture(numbers)), slots=2))
-        client.push(sound(numbers, RATE))
-        client.pop()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    assert not path.exists() and not os.path.exists(FOLDER / client.frames.name)
-    with pytest.raises(RingClosedError):
-        while True:
-            client.pop()

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from liverelay.engine.config import StreamConfig
 from liverelay.engine.engine import Engine
-from liverelay.engine.errors import InputError, LiveRelayError
+from liverelay.engine.errors import BusyError, InputError, LiveRelayError
 from liverelay.engine.models.sampler import block_noise, relative_distance
 from liverelay.engine.models.text import TextEncoder
 from liverelay.engine.session import Session
@@ -193,11 +194,41 @@ def test_an_interrupt_while_a_block_is_waited_for_loses_nothing(
     assert np.array_equal(np.concatenate([first.frames, video(session)]), whole)
 
 
+def test_a_session_closed_by_another_thread_just_after_a_result_says_so(
+    engine: Engine, numbers: Numbers, monkeypatch: Patch
+) -> None:
+    session, result = start(engine, picture(numbers), sound(numbers, 40 * SAMPLES)), Future.result
+
+    def closed(self: Future[Array], timeout: float | None = None) -> Array:
+        found = result(self, timeout)
+        session.close()
+        return found
+
+    monkeypatch.setattr(Future, "result", closed)
+    with pytest.raises(LiveRelayError, match="the session is closed"):
+        next(session.frames())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [({"max_area": "x"}, "whole"), ({"max_area": 64.5 * 64}, "whole"), ({"size": 64}, "whole"),
+     ({"size": "64x64"}, "whole"), ({"image": torch.zeros(64, 64, 3)}, "a Tensor is no picture"),
+     ({"live": "x"}, "not a str")],
+)  # fmt: skip
+def test_what_is_of_another_kind_is_one_line(engine: Engine, wrong: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text) as told:
+        engine.open(**{"image": np.zeros((64, 64, 3), np.uint8), "prompt": "Hi.", **wrong})
+    assert "\n" not in str(told.value)
+    for options in ({"device": 1}, {"device": "cpu", "dtype": "bfloat16"}):
+        with pytest.raises(InputError, match="not "):
+            Engine.load(engine.loader.files.folder, **options)  # type: ignore[arg-type]
+
+
 def test_no_more_sessions_than_places(engine: Engine, numbers: Numbers, monkeypatch: Patch) -> None:
     monkeypatch.setattr(engine, "sessions", 2)
     image = np.zeros((64, 128, 3), np.uint8)
     kept = [engine.open(image, "Hi.", size=(128, 64)) for _ in range(2)]
-    with pytest.raises(InputError, match="all 2 places are taken"):
+    with pytest.raises(BusyError, match="all 2 places are taken"):
         engine.open(image, "Hi.", size=(128, 64))
     kept.pop()  # nobody holds it any more
     gc.collect()
@@ -210,7 +241,7 @@ def test_live_sessions_the_line_has_no_time_for_are_refused(
     monkeypatch.setattr(engine, "admit_by_rate", True)
     session = start(engine, picture(numbers))
     monkeypatch.setattr(session.line.scheduler, "blocks_per_s", 4.0)
-    with pytest.raises(InputError, match="no session can be opened: the line makes"):
+    with pytest.raises(BusyError, match="no session can be opened: the line makes"):
         start(engine, picture(numbers))
     start(engine, picture(numbers), sound(numbers, SAMPLES)).close()  # a file takes what is left
     session.close()

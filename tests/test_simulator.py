@@ -233,6 +233,22 @@ def test_a_trace_is_drawn_and_anything_else_is_refused(tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize(
+    ("flags", "text"),
+    [("--times x.json --trace x.json", "overwrite the input"), ("--plot x.txt", "ends in .png"),
+     ("--trace y.png --plot y.png", "the trace and the plot are the same file")],
+)  # fmt: skip
+def test_outputs_are_checked_before_the_work(
+    flags: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("liverelay.engine.relay.simulator.simulate", lambda *_: pytest.fail("work was done"))
+    Path("x.json").write_text(times := '{"step_ms": 200, "vae_ms": 90}')
+    assert main(["simulate", "--gpus", "5", *flags.split()]) == 1
+    assert text in capsys.readouterr().err
+    assert Path("x.json").read_text() == times and [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize(
     ("flags", "status"),
     [
         ("--gpus 0", 2), ("--gpus 5 --rates 25,-1", 2), ("--gpus 5 --rates x", 2), ("--gpus 5 --sessions 100000", 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import torch
 from liverelay.engine.config import StreamConfig
 from liverelay.engine.engine import Engine
 from liverelay.engine.errors import InputError, LiveRelayError, OutputError
+from liverelay.engine.models.weights import save_tensors
 from liverelay.engine.relay.plan import Plan, parse_plan
 from liverelay.engine.session import Session
-from liverelay.engine.snapshot import Snapshot
+from liverelay.engine.snapshot import FORMAT, Snapshot
 from liverelay.engine.stream import Chunk
 
 for library in ("transformers", "PIL", "ftfy", "soxr"):
@@ -123,6 +125,8 @@ def test_what_does_not_fit_is_refused(
         load(checkpoint, "cpu", StreamConfig(relative_distance=7)).resume(snapshot)
     with pytest.raises(OutputError, match="cannot write"):
         snapshot.save(tmp_path / "nowhere" / "state")
+    with pytest.raises(OutputError, match="it is a folder"):
+        snapshot.save(tmp_path)
     path = tmp_path / "state"
     snapshot.save(path)
     (tmp_path / "cut").write_bytes(path.read_bytes()[:-1000])
@@ -133,3 +137,32 @@ def test_what_does_not_fit_is_refused(
     lost = {name: tensor for name, tensor in snapshot.tensors.items() if name != "stage.arena.2.k"}
     with pytest.raises(InputError, match=r"has nothing for arena\.2\.k"):
         list(engines[0].resume(Snapshot(lost, snapshot.facts)).frames())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", None), ("session_id", "1"), ("next", -1), ("latent", [8]), ("latent", [8, 800000]),
+     ("numbers", {"a": "b"}), ("numbers", {}), ("track", []), ("track", {"kind": "live"}), ("run_start", "soon")],
+)  # fmt: skip
+def test_doctored_facts_are_one_line(
+    engines: Engines, numbers: np.random.Generator, tmp_path: Path, name: str, value: object
+) -> None:
+    live = name in ("track", "run_start")
+    session = start(engines[0], numbers, None if live else np.zeros(16000, dtype=np.float32))
+    path, places, snapshot = tmp_path / "state", session.line.sessions, session.snapshot()
+    facts = {**snapshot.facts, name: value}
+    if name == "run_start":
+        facts["track"] = {**snapshot.facts["track"], name: value}
+    save_tensors(path, snapshot.tensors, {"liverelay": json.dumps({"format": FORMAT, **facts})})
+    with pytest.raises(InputError) as told, engines[0].resume(path) as resumed:
+        list(resumed.frames())
+    assert "\n" not in str(told.value)
+    assert session.line.sessions == places
+    session.close()
+
+
+@pytest.mark.parametrize("facts", [[], "text", {"format": FORMAT}])
+def test_a_file_without_facts_is_no_snapshot(engines: Engines, tmp_path: Path, facts: object) -> None:
+    save_tensors(tmp_path / "state", {"a": torch.zeros(1)}, {"liverelay": json.dumps(facts)})
+    with pytest.raises(InputError, match="snapshot"):
+        engines[0].resume(tmp_path / "state")

@@ -2,8 +2,9 @@
  *
  * Every function returns a liverelay_code, but for the first three; liverelay_last_error says in one line what is wrong.
  * Handles are numbers that are never used again: a closed one is refused, not followed. All functions may be called from
- * any thread at any time, also while another thread closes the handle; those that wait then return. Timeouts are in
- * milliseconds, a negative one waits for ever. Structures begin with their size, which the caller sets.
+ * any thread at any time, also while another thread closes the handle; those that wait then return. After a fork they
+ * are the parent's alone. Timeouts are in milliseconds, a negative one waits for ever. Structures begin with their size,
+ * which the caller sets.
  */
 #ifndef LIVERELAY_H
 #define LIVERELAY_H
@@ -33,7 +34,7 @@ typedef enum liverelay_code {
   LIVERELAY_E_CONNECT = -4,    /**< nobody listens on that socket, or it is not this user's */
   LIVERELAY_E_LOST = -5,       /**< the server ended or died; the session is gone, frames that were popped are not */
   LIVERELAY_E_INPUT = -6,      /**< picture, prompt, size, sound or token that cannot be used */
-  LIVERELAY_E_BUSY = -7,       /**< all places of the server are taken */
+  LIVERELAY_E_BUSY = -7,       /**< no place, or no time, for one more session now */
   LIVERELAY_E_STATE = -8,      /**< not possible now: sound after its end, all frames held, ... */
   LIVERELAY_E_ENGINE = -9,     /**< the engine failed at this session; open a new one */
   LIVERELAY_E_PROTOCOL = -10,  /**< the other side does not keep the protocol, or shared memory is damaged */

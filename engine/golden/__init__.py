@@ -21,6 +21,7 @@ from liverelay.engine.errors import InputError, LiveRelayError
 from liverelay.engine.launch import LineOptions
 
 COMPONENTS = ("dit", "tpp", "lora", "vae", "audio", "text", "image")
+GIVEN = ("config.json", "meta.json", "cases.json", "inputs.safetensors", "weights.safetensors", "lora.safetensors")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

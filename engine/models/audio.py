@@ -7,6 +7,7 @@ equality. The live way, which never knows the whole file, is in audio_live.py.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ FEATURE_RATE = 50
 VIDEO_RATE = 30  # the published intermediate rate, not the video's
 MIN_SAMPLES = 400
 LOWEST_RATE, HIGHEST_RATE = 1000, 384000
+LOUDEST = 100.0  # times full scale: beyond it numbers are no sound, and AAC refuses them in the end
 Samples = npt.NDArray[np.float32]
 
 
@@ -42,6 +44,8 @@ def read_audio(path: str | Path) -> tuple[Samples, int]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"the sound file {path} " + ("is not a file" if path.exists() else "does not exist"))
+    if not os.access(path, os.R_OK):
+        raise InputError(f"the sound file {path} may not be read")
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, OSError) as error:
@@ -55,6 +59,8 @@ def read_audio(path: str | Path) -> tuple[Samples, int]:
         raise InputError(f"{path} has {rate} samples a second; {LOWEST_RATE} to {HIGHEST_RATE} can be used")
     if not np.isfinite(samples).all():
         raise InputError(f"{path} holds samples that are not finite numbers")
+    if (peak := float(np.abs(samples).max())) > LOUDEST:
+        raise InputError(f"{path} holds samples up to {peak:g}; full scale is 1, so divide them first")
     return samples, int(rate)
 
 

@@ -84,6 +84,8 @@ class LiveAudio:
 
     def __init__(self, encoder: AudioEncoder, config: LiveAudioConfig | None = None) -> None:
         self._encoder, self._config = encoder, config or LiveAudioConfig()
+        if not isinstance(self._config, LiveAudioConfig):
+            raise InputError(f"live audio is set by a LiveAudioConfig, not a {type(config).__name__}")
         self._resampler: Any = None
         self._rate: int | None = None
         self._run_start = 0  # 16 kHz sample at which the present run of sound began; silence ends a run
@@ -174,11 +176,17 @@ class LiveAudio:
 
     @classmethod
     def restore(cls, encoder: AudioEncoder, sound: Samples, numbers: Mapping[str, Any]) -> LiveAudio:
-        """From a `state`."""
-        live = cls(encoder, LiveAudioConfig(**numbers["window"]))
-        live._buffer, live._statistics = sound.copy(), _Statistics(**numbers["heard"])
-        for name in ("rate", "run_start", "run_pushed", "buffer_start", "finished"):
-            setattr(live, f"_{name}", numbers[name])
+        """From a `state`. InputError where it is none."""
+        try:
+            live = cls(encoder, LiveAudioConfig(**numbers["window"]))
+            live._buffer, live._statistics = sound.copy(), _Statistics(**numbers["heard"])
+            for name in ("rate", "run_start", "run_pushed", "buffer_start", "finished"):
+                setattr(live, f"_{name}", numbers[name])
+            figures = (*asdict(live._statistics).values(), live._run_start, live._run_pushed, live._buffer_start)
+            if not all(isinstance(figure, int | float) for figure in (*figures, live._rate or 0)):
+                raise TypeError("a number is none")
+        except (KeyError, TypeError) as error:
+            raise InputError(f"the snapshot's sound cannot be read: {error}") from None
         return live
 
     # -- features out ----------------------------------------------------------------------------------------------

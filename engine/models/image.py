@@ -65,7 +65,7 @@ def _decode(source: Any, name: str, *, strict: bool, formats: Sequence[str] | No
             with pillow.open(source, formats=formats) as opened:
                 mode, converted = opened.mode, opened.convert("RGB")
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning):
-        raise InputError(f"the image {name} has too many pixels; make it smaller than 9000x9000 first") from None
+        raise InputError(f"{name} has too many pixels; make it smaller than 9000x9000 first") from None
     except pillow.UnidentifiedImageError:
         raise InputError(f"{name} is not a readable image of a kind that is known here") from None
     except (OSError, ValueError, SyntaxError) as error:
@@ -84,7 +84,7 @@ def as_image(image: Any) -> Any:
         _check_mode(image.mode)
         return image.convert("RGB")
     if not isinstance(image, np.ndarray):
-        raise InputError(f"{image!r} is no picture; give a path, a Pillow image or uint8 [h, w, 3]")
+        raise InputError(f"a {type(image).__name__} is no picture; give a path, a Pillow image or uint8 [h, w, 3]")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise InputError(f"a picture of {image.dtype} {list(image.shape)} cannot be used; give uint8 [h, w, 3]")
     return pillow.fromarray(image)

@@ -34,8 +34,8 @@ class TensorSource(Mapping[str, torch.Tensor]):
         for path in self.files:
             try:
                 handle = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise CheckpointError(f"{path} is missing") from None
+            except FileNotFoundError:  # also where it may not be read
+                raise CheckpointError(f"{path} {'may not be read' if path.exists() else 'is missing'}") from None
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from None
             for key in handle.keys():  # noqa: SIM118 (the handle is not a dict)
@@ -93,6 +93,8 @@ def open_tensors(path: Path) -> Mapping[str, torch.Tensor]:
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file aside and rename it, readable by whom the user's umask says. OutputError in one line."""
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder")
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}

@@ -11,12 +11,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from liverelay.engine import native
-from liverelay.engine.errors import LiveRelayError
+from liverelay.engine.errors import InputError, LiveRelayError
 from liverelay.engine.relay.captured import Captured
 from liverelay.engine.relay.dispatch import BUFFERS
 from liverelay.engine.relay.handoff import Link, LinkClosed, LocalLink, Parcel, Shapes
@@ -30,19 +30,35 @@ if TYPE_CHECKING:
 
 HOST = -1  # instead of a GPU's number
 Part = tuple[int, int, int]  # offset in a link's buffer, address of the stage's memory, bytes
+Loop = Literal["native", "python"]
 Told = tuple[int, float, float, float, float, str]
 
 
 def available(device: torch.device, wanted: bool | None = None) -> bool:
     """Whether stages on this device run in C++. wanted: False for the twin, True for C++ where it was built; by
     default C++ on CPUs, and the twin on GPUs until C++ has been proven there."""
-    module: Any = native.module()
-    if wanted is False or not hasattr(module, "StageLoop"):
+    if wanted is False or not hasattr(native.module(), "StageLoop"):
         return False
-    if device.type == "cpu":
-        return True
-    handed_out = hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph_exec")  # not by every PyTorch
-    return wanted is True and device.type == "cuda" and handed_out and not module.cuda_open()
+    return device.type == "cpu" or (wanted is True and not _gpu_fault())
+
+
+def _gpu_fault() -> str:
+    """Why no GPU's stage can run in C++; an empty text where it can."""
+    if not hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph_exec"):
+        return "this PyTorch does not hand out its CUDA graphs"
+    module: Any = native.module()
+    return str(module.cuda_open())
+
+
+def wanted_loop(loop: Loop | None, devices: Sequence[str]) -> bool | None:
+    """`wanted` of the functions here for a user's choice. Where C++ was asked for and there is none: LiveRelayError."""
+    if loop not in (None, "native", "python"):
+        raise InputError(f"there is no loop '{loop}'; give native or python")
+    if loop == "native":
+        native.check("the native loop", "StageLoop")
+        if any(torch.device(device).type == "cuda" for device in devices) and (fault := _gpu_fault()):
+            raise InputError(f"the native loop cannot run on a GPU here: {fault}; take the loop python")
+    return None if loop is None else loop == "native"
 
 
 def make_loop(

@@ -7,6 +7,7 @@ commands and answers with events. All stages get the same commands in the same o
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import math
 import threading
@@ -20,7 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from liverelay.engine.errors import InputError, LiveRelayError
+from liverelay.engine.errors import BusyError, LiveRelayError
+from liverelay.engine.progress import uninterrupted
 from liverelay.engine.relay.dispatch import Dispatcher
 from liverelay.engine.relay.handoff import Link, LocalLink, Shapes
 from liverelay.engine.relay.loop import StageLoop
@@ -47,6 +49,7 @@ from liverelay.engine.relay.plan import Plan
 from liverelay.engine.relay.scheduler import Scheduler
 from liverelay.engine.relay.stage import LineSpec, Stage, check_latents
 
+_serials = itertools.count()  # of the sessions of all lines: whoever observes several tells them apart
 _open_lines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 STUCK_S = 1.0  # that a stage of a broken line is waited for
 Observer = Callable[[Event], None]
@@ -120,11 +123,11 @@ class Pipeline:
         self.scheduler = Scheduler(places)
         self._turns = Dispatcher(self.scheduler, len(plan.stages), spec.stream.blocks_per_clip)
         self.error: BaseException | None = None
+        self._broken = False  # by a stage, which may be stuck
         self._observe = observe
         self._lock = threading.RLock()
         self._clients: dict[int, Client] = {}
         self._free = list(range(places))[::-1]
-        self._serials = itertools.count()
         self._abandoned: deque[int] = deque()
         _open_lines.add(self)
 
@@ -132,8 +135,7 @@ class Pipeline:
     def sessions(self) -> int:
         """How many are open."""
         with self._lock:
-            while self._abandoned:
-                self.close_session(self._abandoned.popleft())
+            self._close_abandoned()
             return len(self._clients)
 
     @property
@@ -147,18 +149,18 @@ class Pipeline:
         """Begin a session, from the start or from a saved state; returns its serial number.
 
         tensors: as in messages.Open. rate: blocks that it needs in a second, 0 for a file; state: of `Stage.save` of
-        all stages, with `new_reference` if it is known. InputError when there is no place or no time for it.
+        all stages, with `new_reference` if it is known. BusyError when there is no place or no time for it.
         """
         check_latents(tensors, self.spec.geometry)
         with self._lock:
             self._check()
-            assert self.sessions <= self.scheduler.places  # and those that were abandoned are closed by now
+            self._close_abandoned()
             try:
-                serial = next(self._serials)
+                serial = next(_serials)
                 reference = None if state is None else state[0].get("new_reference")
                 self._turns.open(serial, rate, known=reference is not None)
             except ValueError as error:
-                raise InputError(f"no session can be opened: {error}") from None
+                raise BusyError(f"no session can be opened: {error}") from None
             client = self._clients[serial] = Client(self._free.pop(), serial, reference=reference)
             names = (client.place, serial)
             if state is None:
@@ -170,6 +172,10 @@ class Pipeline:
     def abandon(self, serial: int) -> None:
         """As `close_session`, some time later; may be called by the garbage collector, in the middle of anything."""
         self._abandoned.append(serial)
+
+    def _close_abandoned(self) -> None:
+        while self._abandoned:
+            self.close_session(self._abandoned.popleft())
 
     def close_session(self, serial: int) -> None:
         """End a session; blocks that were asked for are forgotten."""
@@ -221,15 +227,14 @@ class Pipeline:
     def close(self) -> None:
         """End all stages. Sessions that are still open are lost."""
         with self._lock:
-            broken = self.error is not None
             self.error = self.error or LiveRelayError("the engine is closed")
             for client in self._clients.values():
                 _give_up(client, self.error)
-        workers, self.workers = self.workers, ()
-        for worker in workers:
+        for worker in self.workers:
             worker.put(Stop())
-        for worker in workers:
-            worker.close(broken=broken)
+        for worker in self.workers:
+            worker.close(broken=self._broken)
+        self.workers = ()  # not before: a call that was cut off can be made again
         self.entry.close()
 
     # -- dispatch --------------------------------------------------------------------------------------------------
@@ -317,7 +322,7 @@ class Pipeline:
     def _fail(self, event: Failed) -> None:
         """A stage is gone, and the line with it: everybody who waits is told."""
         if self.error is None:
-            self.error = event.error
+            self.error, self._broken = event.error, True
             for client in self._clients.values():
                 _give_up(client, event.error)
 
@@ -325,8 +330,9 @@ class Pipeline:
 @atexit.register
 def _close_lines() -> None:
     """Threads that compute while the interpreter ends would take it down."""
-    for line in list(_open_lines):
-        line.close()
+    with contextlib.suppress(KeyboardInterrupt), uninterrupted():
+        for line in list(_open_lines):
+            line.close()
 
 
 class _AsParcel:

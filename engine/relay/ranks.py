@@ -44,10 +44,10 @@ def portable(error: BaseException, name: str) -> LiveRelayError:
 
 
 class RankServer:
-    """Runs one stage for the leader until it says `End`."""
+    """Runs one stage for the leader until it says `End`. native: of its loop, as in `make_loop`."""
 
-    def __init__(self, group: Group, plan: Plan, make_stage: MakeStage) -> None:
-        self.group, self.plan, self._make_stage = group, plan, make_stage
+    def __init__(self, group: Group, plan: Plan, make_stage: MakeStage, native: bool | None = None) -> None:
+        self.group, self.plan, self._make_stage, self._native = group, plan, make_stage, native
         self.name = plan.stages[group.rank].name
         self.channel = group.channels[0]
         self._worker: LocalWorker | None = None
@@ -102,7 +102,7 @@ class RankServer:
             fault, stage = str(portable(error, self.name)), None
         if stage is not None:
             links = self.group.links(self.plan, stage)
-            loop = make_loop(self.group.rank, stage, *links, self._emit)
+            loop = make_loop(self.group.rank, stage, *links, self._emit, wanted=self._native)
             self._worker = LocalWorker(loop, [link for link in links if link is not None])
         self.channel.put(Ready(fault))
 
@@ -169,15 +169,18 @@ class RemoteWorker:
 
 
 class Leader:
-    """Rank 0: builds lines over all ranks, watches them, and tells everybody when one is lost."""
+    """Rank 0: builds lines over all ranks, watches them, and tells everybody when one is lost. native: of its own
+    stage's loop, as in `make_loop`."""
 
-    def __init__(self, group: Group, plan: Plan) -> None:
-        self.group, self.plan = group, plan
+    def __init__(self, group: Group, plan: Plan, native: bool | None = None) -> None:
+        self.group, self.plan, self._native = group, plan, native
         self.error: StageLost | None = None
         self._line: Pipeline | None = None
         self._own: LocalWorker | None = None
         group.busy = self._beat
-        self.workers = [RemoteWorker(self, rank) for rank in range(1, group.world)]
+        self.workers: list[RemoteWorker] = []
+        for rank in range(1, group.world):
+            self.workers.append(RemoteWorker(self, rank))
         self._wait_ready()
 
     def _wait_ready(self) -> None:
@@ -204,9 +207,9 @@ class Leader:
             worker.channel.put(Build(spec))
         _, target = self.group.links(self.plan, stage)
         shapes = spec.parcel_of(self.plan.stages[0])
-        entry = make_local_link(shapes, stage.device, stage.dtype, [stage.device])
+        entry = make_local_link(shapes, stage.device, stage.dtype, [stage.device], self._native)
         line = Pipeline(self.plan, spec, entry, places=places, observe=observe)
-        self._own = LocalWorker(make_loop(0, stage, entry, target, line.handle), [target])
+        self._own = LocalWorker(make_loop(0, stage, entry, target, line.handle, wanted=self._native), [target])
         line.workers = [self._own, *self.workers]
         self._wait_ready()
         self._line = line

@@ -278,10 +278,13 @@ class Stage:
                 found = "nothing" if saved is None else f"{list(saved.shape)} {saved.dtype}"
                 raise InputError(f"the snapshot has {found} for {name}, expected {list(tensor.shape)} {tensor.dtype}")
             tensor.copy_(saved)
-        for step, arena in place.arenas.items():
-            arena.reference_position = numbers[f"arena.{step}.position"]
-        if place.decoder is not None:
-            place.decoder.first = bool(numbers["decoder.first"])
+        try:
+            for step, arena in place.arenas.items():
+                arena.reference_position = numbers[f"arena.{step}.position"]
+            if place.decoder is not None:
+                place.decoder.first = bool(numbers["decoder.first"])
+        except KeyError as name:
+            raise InputError(f"the snapshot has no number {name}") from None
 
 
 def nbytes(stage: Stage) -> int:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
-from liverelay.engine.errors import InputError, LiveRelayError
+from liverelay.engine.arguments import add_model, add_reports, add_stages
+from liverelay.engine.errors import InputError
+from liverelay.engine.progress import say, uninterrupted
 
 
 def add_serve(commands: Any) -> None:
     """The command."""
     p = commands.add_parser("serve", help="a running engine for programs in other languages (docs/embedding.md)")
-    p.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder with the published files")
+    add_model(p)
     p.add_argument("--socket", type=Path, required=True, metavar="PATH", help="Unix socket, in a folder of your own")
     p.add_argument("--state", type=Path, metavar="DIR", help="keep clients' snapshots here (default: in memory)")
     p.add_argument(
@@ -23,29 +25,25 @@ def add_serve(commands: Any) -> None:
     p.add_argument("--sessions", type=int, default=16, metavar="N", help="most sessions at a time (16)")
     p.add_argument("--max-area", type=int, metavar="PIXELS", help="most pixels of a video (720x400 of them)")
     p.add_argument("--real-time", action="store_true", help="refuse a session that there is no time for")
-    p.add_argument("--device", "--devices", dest="device", metavar="NAMES", help="as for generate")
-    p.add_argument("--plan", metavar="STAGES", help="as for generate")
-    p.add_argument("--lora", metavar="FILE", help="as for generate")
-    p.add_argument("--dtype", choices=("bfloat16", "float32"), help="as for generate")
-    p.add_argument(
-        "--fp8", nargs="?", const="products", default=False, choices=("products", "attention", "all"),
-        help="as for generate",
-    )
-    p.add_argument("--backend", metavar="NAME", help="as for generate")
+    add_stages(p, "a GPU where there is one")
+    add_reports(p)
     p.set_defaults(command=_serve)
 
 
 def _serve(a: argparse.Namespace) -> int:
-    from liverelay.engine import native
-    from liverelay.engine.config import RankEnvironment
-    from liverelay.engine.engine import DEFAULT_MAX_AREA
-    from liverelay.engine.frame_ring import sweep
-    from liverelay.engine.serving import sockets
-    from liverelay.engine.serving.server import Server
-    from liverelay.engine.serving.states import States
+    with uninterrupted():  # a library that is half imported fails with anything
+        from liverelay.engine import native
+        from liverelay.engine.config import RankEnvironment
+        from liverelay.engine.devices import set_threads
+        from liverelay.engine.engine import DEFAULT_MAX_AREA
+        from liverelay.engine.frame_ring import sweep
+        from liverelay.engine.media import check_outputs
+        from liverelay.engine.serving import sockets
+        from liverelay.engine.serving.server import Server
+        from liverelay.engine.serving.states import States
+        from liverelay.engine.telemetry import watched
 
-    if not hasattr(native.module(), "ring_create"):
-        raise LiveRelayError("serve needs the compiled module, which was not built: it needs a C++ compiler and cmake")
+    native.check("serve", "ring_create")
     if RankEnvironment.read() is not None:
         raise InputError("serve runs in one process; give it all devices with --devices instead of torchrun")
     kept = a.snapshots if a.snapshots is not None else 16 if a.state else 2
@@ -55,34 +53,30 @@ def _serve(a: argparse.Namespace) -> int:
             raise InputError(f"--{name} is {value}; give a number from 1 to {most}")
     if not 64 * 64 <= area <= 1 << 26:
         raise InputError(f"--max-area is {area}; give a number of pixels from {64 * 64} to {1 << 26}")
+    set_threads(a.threads)
+    reports = (("telemetry", a.telemetry), ("trace", a.trace))
+    check_outputs([(what, path) for what, path in reports if path is not None], [a.checkpoint / "config.json"])
     sockets.clear(a.socket)  # before a model is loaded
     states = States(a.state, kept)
     sweep()
-    server = Server(_engine(a), a.socket, states, max_area=area, say=_say)
-    try:
-        print(f"serving {a.checkpoint} on {a.socket}", flush=True)
-        server.run()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        server.close()
+    engine = _engine(a)
+    with watched(engine, a.telemetry, a.trace, a.view):
+        server = Server(engine, a.socket, states, max_area=area, say=say)
+        try:
+            signal.signal(signal.SIGTERM, lambda *_: server.stop())  # how services are ended
+            print(f"serving {a.checkpoint} on {a.socket}", flush=True)
+            server.run()
+        finally:
+            server.close()
     return 0
 
 
 def _engine(a: argparse.Namespace) -> Any:
     from liverelay.engine.config import StreamConfig
     from liverelay.engine.engine import Engine
-    from liverelay.engine.golden import DTYPES
-    from liverelay.engine.launch import LineOptions, make_plan
+    from liverelay.engine.launch import LineOptions, load_options, make_plan
 
     plan = make_plan(LineOptions(a.device, a.plan), None, StreamConfig().steps)
-    engine = Engine.load(
-        a.checkpoint, lora=a.lora, device=plan, dtype=DTYPES[a.dtype] if a.dtype else None, backend=a.backend,
-        fp8=a.fp8, say=_say,
-    )  # fmt: skip
+    engine = Engine.load(a.checkpoint, device=plan, **load_options(a, say))
     engine.sessions, engine.admit_by_rate = a.sessions, a.real_time
     return engine
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

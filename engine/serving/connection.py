@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from liverelay.engine.errors import InputError, LiveRelayError
+from liverelay.engine.errors import BusyError, InputError, LiveRelayError, OutputError, RingError
 from liverelay.engine.frame_ring import PixelFormat, Policy
 from liverelay.engine.models.audio import SAMPLE_RATE
 from liverelay.engine.models.image import decode_image
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 FIRST_S = 10.0  # a connection that says nothing is closed
 PIXELS: dict[int, PixelFormat] = {1: "rgb24", 2: "nv12"}
 POLICIES: dict[int, Policy] = {0: "block", 1: "drop_oldest"}
-
-
-class BusyError(LiveRelayError):
-    """All places are taken."""
 
 
 class Connection:
@@ -58,6 +54,10 @@ class Connection:
         finally:
             self._end_session()
             self._socket.close()
+
+    def close(self) -> None:
+        """Hang up, instead of `run`."""
+        self._socket.close()
 
     def stop(self) -> None:
         """End it from another thread."""
@@ -183,4 +183,5 @@ def _code(error: BaseException) -> Code:
         return Code.STATE
     if isinstance(error, InputError):
         return Code.INPUT
-    return Code.ENGINE if isinstance(error, LiveRelayError) else Code.SYSTEM
+    engine = isinstance(error, LiveRelayError) and not isinstance(error, OutputError | RingError)
+    return Code.ENGINE if engine else Code.SYSTEM

@@ -213,7 +213,7 @@ def _value(tag: Tag, text: bytes) -> int | str | bytes:
     try:
         decoded = text.decode()
     except UnicodeDecodeError:
-        raise ProtocolError(f"{tag.name} is not UTF-8") from None
+        raise ProtocolError(f"{tag.name} is not UTF-8", Code.INPUT) from None
     if "\0" in decoded:
         raise ProtocolError(f"{tag.name} holds a zero byte")
     return decoded

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from liverelay.engine.engine import DEFAULT_MAX_AREA, Engine
+from liverelay.engine.errors import BusyError
 from liverelay.engine.serving import sockets
-from liverelay.engine.serving.connection import BusyError, Connection
+from liverelay.engine.serving.connection import Connection
 from liverelay.engine.serving.protocol import Code
 from liverelay.engine.serving.states import States
 
@@ -68,8 +69,10 @@ class Server:
 
         thread = threading.Thread(target=run, name="client", daemon=True)
         with self._lock:
+            if self._stopping:  # nobody would end it
+                return connection.close()
             self._connections[connection] = thread
-        thread.start()
+            thread.start()  # `close` joins what it finds here
 
     def take_place(self) -> None:
         """One more session. BusyError when all places are taken."""

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +135,7 @@ class Worker:
             state, self.fault = FAILED, (Code.LOST, "the session was ended before its stream")
         except (InputError, RingError) as error:  # what the client has put into the ring
             state, self.fault = FAILED, (Code.INPUT, str(error))
-        except (Exception, CancelledError) as error:
+        except Exception as error:
             state, self.fault = FAILED, (Code.ENGINE, str(error) or type(error).__name__)
         self.state = state
         self._finish()
@@ -220,7 +220,7 @@ class Worker:
             item = self.sound.pop(timeout)
         except RingClosedError:
             self._session.end_audio()
-            self._sound_ended = True
+            self._sound_ended, self.heard = True, self._session.heard_samples  # with what the resampler held back
             return None
         return None if item is None else (item.audio, item.sample_rate)
 

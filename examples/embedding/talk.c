@@ -1,13 +1,14 @@
-/* One thread, plain C: a picture and a sound in, raw video and its sound out.
+/* One thread, plain C: a picture and a sound in, raw video and its sound as WAV out.
  *
  *   liverelay serve --checkpoint DIR --socket run/liverelay
- *   talk_c run/liverelay portrait.png speech.wav out.rgb out.f32
- *   ffmpeg -f rawvideo -pix_fmt rgb24 -s WxH -r 25 -i out.rgb -f f32le -ar 16000 -ac 1 -i out.f32 talk.mp4
+ *   talk_c run/liverelay portrait.png speech.wav out.rgb out.wav
+ *   ffmpeg -f rawvideo -pix_fmt rgb24 -s WxH -r 25 -i out.rgb -i out.wav talk.mp4
  *
- * It prints the ffmpeg command with the video's size. The sound is a WAV file of 16 bits.
+ * It prints the ffmpeg command with the video's size. Both WAV files have 16 bits a sample.
  */
 #include <inttypes.h>
 #include <liverelay.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -75,6 +76,22 @@ static sound read_wav(const char* path) {
   return found;
 }
 
+/* The 44 bytes before `bytes` of 16-bit samples of one channel: the letters RIFF, WAVE, fmt_ and data, and sizes. */
+static void write_header(FILE* file, uint32_t rate, uint32_t bytes, const char* path) {
+  const uint32_t words[11] = {0x46464952, 36 + bytes, 0x45564157, 0x20746D66, 16, 1 | 1 << 16, rate, 2 * rate,
+                              2 | 16 << 16, 0x61746164, bytes};
+  if (fseek(file, 0, SEEK_SET) != 0 || fwrite(words, 4, 11, file) != 11) fail("cannot write", path);
+}
+
+static void write_sound(FILE* file, const liverelay_frame* frame, const char* path) {
+  uint64_t i;
+  for (i = 0; i < frame->audio_samples; i++) {
+    const float wanted = frame->audio[i] * 32768.0f;
+    const int16_t sample = (int16_t)lrintf(wanted > 32767.0f ? 32767.0f : wanted < -32768.0f ? -32768.0f : wanted);
+    if (fwrite(&sample, 2, 1, file) != 1) fail("cannot write", path);
+  }
+}
+
 int main(int argc, char** argv) {
   liverelay_client client;
   liverelay_session session;
@@ -84,11 +101,11 @@ int main(int argc, char** argv) {
   unsigned char* picture;
   size_t picture_bytes;
   sound speech;
-  uint64_t given = 0, taken, frames = 0;
+  uint64_t given = 0, taken, frames = 0, heard = 0;
   int code, ended = 0;
   FILE *video, *audio;
 
-  if (argc != 6) fail("usage: talk_c SOCKET PICTURE WAV OUT.rgb OUT.f32", "");
+  if (argc != 6) fail("usage: talk_c SOCKET PICTURE WAV OUT.rgb OUT.wav", "");
   picture = read_file(argv[2], &picture_bytes);
   speech = read_wav(argv[3]);
   video = fopen(argv[4], "wb");
@@ -98,6 +115,7 @@ int main(int argc, char** argv) {
   check(liverelay_connect(argv[1], LIVERELAY_ABI, WAIT_MS, &client), "connect");
   check(liverelay_open(client, picture, picture_bytes, "A friendly person talks.", &options, WAIT_MS, &session), "open");
   check(liverelay_session_info(session, &info), "info");
+  write_header(audio, info.sample_rate, 0, argv[5]);
   memset(&frame, 0, sizeof frame);
   frame.struct_bytes = sizeof frame;
   for (;;) {
@@ -114,18 +132,18 @@ int main(int argc, char** argv) {
     check(code, "pop");
     if (code == LIVERELAY_END) break;
     if (code == LIVERELAY_TIMEOUT) continue;
-    if (fwrite(frame.pixels, 1, (size_t)frame.pixel_bytes, video) != frame.pixel_bytes ||
-        fwrite(frame.audio, sizeof(float), (size_t)frame.audio_samples, audio) != frame.audio_samples)
-      fail("cannot write", argv[4]);
+    if (fwrite(frame.pixels, 1, (size_t)frame.pixel_bytes, video) != frame.pixel_bytes) fail("cannot write", argv[4]);
+    write_sound(audio, &frame, argv[5]);
     frames++;
+    heard += frame.audio_samples;
     check(liverelay_release(session, &frame), "release");
   }
   check(liverelay_close(session), "close");
   check(liverelay_disconnect(client), "disconnect");
+  write_header(audio, info.sample_rate, (uint32_t)(2 * heard), argv[5]);
   if (fclose(video) != 0 || fclose(audio) != 0) fail("cannot write", argv[4]);
-  printf("%" PRIu64 " frames: ffmpeg -f rawvideo -pix_fmt rgb24 -s %ux%u -r %u -i %s -f f32le -ar %u -ac 1 -i %s talk.mp4\n",
-         frames, (unsigned)info.width, (unsigned)info.height, (unsigned)info.frames_per_second, argv[4],
-         (unsigned)info.sample_rate, argv[5]);
+  printf("%" PRIu64 " frames: ffmpeg -f rawvideo -pix_fmt rgb24 -s %ux%u -r %u -i %s -i %s talk.mp4\n", frames,
+         (unsigned)info.width, (unsigned)info.height, (unsigned)info.frames_per_second, argv[4], argv[5]);
   free(picture);
   free(speech.samples);
   return 0;

@@ -2,11 +2,12 @@
 // the way.
 //
 //   liverelay serve --checkpoint DIR --socket run/liverelay
-//   talk_cpp run/liverelay portrait.png speech.wav out.nv12 out.f32
-//   ffmpeg -f rawvideo -pix_fmt nv12 -s WxH -r 25 -i out.nv12 -f f32le -ar 16000 -ac 1 -i out.f32 talk.mp4
+//   talk_cpp run/liverelay portrait.png speech.wav out.nv12 out.wav
+//   ffmpeg -f rawvideo -pix_fmt nv12 -s WxH -r 25 -i out.nv12 -i out.wav talk.mp4
 #include <liverelay.h>
 
-#include <atomic>
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <fstream>
@@ -59,7 +60,16 @@ class Session {
   liverelay_session handle_ = 0;
 };
 
-// 40 ms at a time, as from a microphone. The file is WAV: 16 kHz, one channel, 16 bits, data after a header of 44 bytes.
+// A file of 16 kHz, one channel, 16 bits, whose samples begin after a header of 44 bytes.
+std::vector<char> read_wav(const std::string& path) {
+  const std::uint32_t wanted[4] = {1 | 1 << 16, 16000, 32000, 2 | 16 << 16};
+  std::vector<char> wav = read_file(path);
+  if (wav.size() < 46 || std::memcmp(wav.data() + 20, wanted, 16) != 0 || std::memcmp(wav.data() + 36, "data", 4) != 0)
+    throw std::runtime_error("give a plain WAV file of 16 kHz, one channel and 16 bits, not " + path);
+  return wav;
+}
+
+// 40 ms at a time, as from a microphone.
 void speak(liverelay_session session, const std::vector<char>& wav) {
   std::vector<std::int16_t> samples((wav.size() - 44) / 2);
   std::memcpy(samples.data(), wav.data() + 44, samples.size() * 2);
@@ -72,10 +82,34 @@ void speak(liverelay_session session, const std::vector<char>& wav) {
   liverelay_end_sound(session);
 }
 
+// A WAV file of 16-bit samples of one channel: a header of 44 bytes, which is right once `end` has been called.
+class WavFile {
+ public:
+  WavFile(const char* path, std::uint32_t rate) : file_(path, std::ios::binary), rate_(rate) { end(); }
+  void add(const float* samples, std::uint64_t count) {
+    std::vector<std::int16_t> whole(count);
+    std::transform(samples, samples + count, whole.begin(), [](float sample) {
+      return static_cast<std::int16_t>(std::lrint(std::clamp(sample * 32768.0F, -32768.0F, 32767.0F)));
+    });
+    file_.write(reinterpret_cast<const char*>(whole.data()), static_cast<std::streamsize>(count * 2));
+    bytes_ += static_cast<std::uint32_t>(count * 2);
+  }
+  bool end() {
+    // The letters RIFF, WAVE, fmt_ and data, and sizes.
+    const std::uint32_t words[11] = {0x46464952, 36 + bytes_, 0x45564157, 0x20746D66, 16, 1 | 1 << 16, rate_,
+                                     2 * rate_,  2 | 16 << 16, 0x61746164, bytes_};
+    file_.seekp(0).write(reinterpret_cast<const char*>(words), sizeof words);
+    return static_cast<bool>(file_.flush());
+  }
+
+ private:
+  std::ofstream file_;
+  std::uint32_t rate_, bytes_ = 0;
+};
+
 void run(char** argv) {
-  const std::vector<char> picture = read_file(argv[2]), wav = read_file(argv[3]);
-  if (wav.size() < 46) throw std::runtime_error("no sound in the WAV file");
-  std::ofstream video(argv[4], std::ios::binary), audio(argv[5], std::ios::binary);
+  const std::vector<char> picture = read_file(argv[2]), wav = read_wav(argv[3]);
+  std::ofstream video(argv[4], std::ios::binary);
   liverelay_options options{};
   options.struct_bytes = sizeof options;
   options.max_area = 128 * 128;
@@ -86,6 +120,7 @@ void run(char** argv) {
   liverelay_info info{};
   info.struct_bytes = sizeof info;
   check(liverelay_session_info(session.get(), &info));
+  WavFile audio(argv[5], info.sample_rate);
   std::thread mouth(speak, session.get(), std::cref(wav));
   std::uint64_t frames = 0;
   try {
@@ -93,7 +128,7 @@ void run(char** argv) {
     frame.struct_bytes = sizeof frame;
     while (check(liverelay_pop(session.get(), kWaitMs, &frame)) == LIVERELAY_OK) {
       video.write(reinterpret_cast<const char*>(frame.pixels), static_cast<std::streamsize>(frame.pixel_bytes));
-      audio.write(reinterpret_cast<const char*>(frame.audio), static_cast<std::streamsize>(frame.audio_samples * 4));
+      audio.add(frame.audio, frame.audio_samples);
       check(liverelay_release(session.get(), &frame));
       if (++frames == 25) {
         char token[LIVERELAY_TOKEN_BYTES];
@@ -108,17 +143,16 @@ void run(char** argv) {
     throw;
   }
   mouth.join();
-  if (!video.flush() || !audio.flush()) throw std::runtime_error("cannot write the video");
+  if (!video.flush() || !audio.end()) throw std::runtime_error("cannot write the video");
   std::cout << frames << " frames: ffmpeg -f rawvideo -pix_fmt nv12 -s " << info.width << "x" << info.height << " -r "
-            << info.frames_per_second << " -i " << argv[4] << " -f f32le -ar " << info.sample_rate << " -ac 1 -i "
-            << argv[5] << " talk.mp4\n";
+            << info.frames_per_second << " -i " << argv[4] << " -i " << argv[5] << " talk.mp4\n";
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   try {
-    if (argc != 6) throw std::runtime_error("usage: talk_cpp SOCKET PICTURE WAV OUT.nv12 OUT.f32");
+    if (argc != 6) throw std::runtime_error("usage: talk_cpp SOCKET PICTURE WAV OUT.nv12 OUT.wav");
     run(argv);
     return 0;
   } catch (const std::exception& error) {

@@ -62,6 +62,8 @@ def main() -> None:
 
     with wave.open(sound) as file:
         channels, rate, data = file.getnchannels(), file.getframerate(), file.readframes(file.getnframes())
+        if file.getsampwidth() != 2 or not data:
+            sys.exit(f"talk_ctypes: no 16-bit PCM in {sound}")
     prompt = b"A friendly person talks."
     samples, image = array.array("h", data), Path(picture).read_bytes()
     client, session, taken, frame = c_uint64(), c_uint64(), c_uint64(), Frame(ctypes.sizeof(Frame))
@@ -85,7 +87,7 @@ def main() -> None:
                 continue
             video.write(memoryview((c_uint8 * frame.pixel_bytes).from_address(ctypes.addressof(frame.pixels.contents))))
             heard = frame.audio[: frame.audio_samples]
-            out.writeframes(array.array("h", [round(max(-1.0, min(1.0, x)) * 32767) for x in heard]).tobytes())
+            out.writeframes(array.array("h", [max(-32768, min(32767, round(x * 32768))) for x in heard]).tobytes())
             size, frames = f"{frame.width}x{frame.height}", frames + 1
             check(library.liverelay_release(session, byref(frame)))
     check(library.liverelay_close(session))
