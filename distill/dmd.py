@@ -20,8 +20,8 @@ from torch import Tensor
 
 from distill.data import Examples, Sequence
 from distill.flow import SCHEDULE, Flow, flow_loss, mixed, random_distances, rollout, shifted
-from distill.pretrain import CORRUPTION, random_span, sequences
-from distill.run import Average, Run, load_average
+from distill.pretrain import random_span, sequences
+from distill.run import Average, Recipe, Run, load_average
 from distill.toon import DIT
 from distill.video_dit import Span, VideoDiT
 from liverelay.engine.models.sampler import TRAIN_STEPS
@@ -61,33 +61,31 @@ def matching_loss(clean: Tensor, teacher: Flow, fake: Flow, given: Sequence, spa
     return 0.5 * (clean - target).square().mean()
 
 
-def train(
-    examples: Examples, out: Path, *, teacher_run: Path, student_run: Path, steps: int, minutes: float, batch: int,
-    rate: float, seed: int, corruption: float = CORRUPTION,
-) -> None:
-    torch.manual_seed(seed)
+def train(examples: Examples, out: Path, recipe: Recipe, teacher_run: Path, student_run: Path) -> None:
+    """Both runs are those of pretrain; the student's goes on from its average."""
+    torch.manual_seed(recipe.seed)
     teacher, fake, student = (VideoDiT(DIT) for _ in range(3))
     teacher.load_state_dict(load_average(teacher_run))
     fake.load_state_dict(teacher.state_dict())
     student.load_state_dict(load_average(student_run))
     teacher.requires_grad_(False)
     optimisers = {
-        name: torch.optim.AdamW(model.parameters(), rate, betas=(0.0, 0.99), weight_decay=0.0)
+        name: torch.optim.AdamW(model.parameters(), recipe.rate, betas=(0.0, 0.99), weight_decay=0.0)
         for name, model in (("student", student), ("fake", fake))
     }
     average = Average(student, 0.99)
-    run = Run(out, minutes=minutes)
+    run = Run(out, minutes=recipe.minutes)
     run.keep(
         model=student, fake=fake, average=average, optimiser=optimisers["student"], fake_optimiser=optimisers["fake"]
     )
     sums = {"matching": 0.0, "fake": 0.0}
-    for step in run.steps(steps):
-        rng = np.random.default_rng([seed, 2, step])
+    for step in run.steps(recipe.steps):
+        rng = np.random.default_rng([recipe.seed, 2, step])
         for turn in range(FAKE_STEPS + 1):
-            span = random_span(rng, batch, True, corruption)
-            given = sequences(examples, rng, batch, span)
+            span = random_span(rng, recipe.batch, True, recipe.corruption)
+            given = sequences(examples, rng, recipe.batch, span)
             name = "student" if turn == FAKE_STEPS else "fake"
-            sigma = shifted(torch.from_numpy(rng.uniform(0.02, 0.98, batch).astype(np.float32)))
+            sigma = shifted(torch.from_numpy(rng.uniform(0.02, 0.98, recipe.batch).astype(np.float32)))
             with torch.autocast("cpu", torch.bfloat16):
                 clean = sample(student, rng, given, span, train=name == "student")
                 if name == "student":
@@ -109,16 +107,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("data", "teacher", "student", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rate", type=float, default=5e-5)
-    parser.add_argument("--seed", type=int, default=0)
+    Recipe.add(parser, steps=2000, batch=4, rate=5e-5)
     given = parser.parse_args()
-    train(
-        Examples.open(given.data), given.out, teacher_run=given.teacher, student_run=given.student,
-        steps=given.steps, minutes=given.minutes, batch=given.batch, rate=given.rate, seed=given.seed,
-    )  # fmt: skip
+    train(Examples.open(given.data), given.out, Recipe.of(given), given.teacher, given.student)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from distill.data import Examples, Sequence
 from distill.flow import SCHEDULE, flow_loss, random_distances, random_starts, shifted
-from distill.run import Average, Run, cosine, load_average
+from distill.run import Average, Recipe, Run, cosine, load_average
 from distill.toon import DIT
 from distill.video_dit import Span, VideoDiT
 
 BLOCKS = 5
-CORRUPTION = 0.1
 
 
 def noise_levels(rng: np.random.Generator, count: int, causal: bool) -> Tensor:
@@ -47,30 +46,28 @@ def sequences(examples: Examples, rng: np.random.Generator, count: int, span: Sp
     return examples.sample(rng, count, 3 * BLOCKS, replaced)
 
 
-def train(
-    examples: Examples, out: Path, *, begin: Path | None, steps: int, minutes: float, batch: int, rate: float,
-    seed: int, corruption: float = CORRUPTION,
-) -> None:
-    torch.manual_seed(seed)
+def train(examples: Examples, out: Path, recipe: Recipe, begin: Path | None = None) -> None:
+    """begin: the teacher's run; the model is then a causal student."""
+    torch.manual_seed(recipe.seed)
     causal = begin is not None
     model = VideoDiT(DIT)
     if begin is not None and not (out / "state.pt").exists():
         model.load_state_dict(load_average(begin))
-    optimiser = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimiser = torch.optim.AdamW(model.parameters(), recipe.rate, betas=(0.9, 0.99), weight_decay=0.01)
     average = Average(model, 0.999)
-    run = Run(out, minutes=minutes)
+    run = Run(out, minutes=recipe.minutes)
     run.keep(model=model, optimiser=optimiser, average=average)
     total = 0.0
-    for step in run.steps(steps):
-        rng = np.random.default_rng([seed, causal, step])
-        span = random_span(rng, batch, causal, corruption)
-        given = sequences(examples, rng, batch, span)
+    for step in run.steps(recipe.steps):
+        rng = np.random.default_rng([recipe.seed, causal, step])
+        span = random_span(rng, recipe.batch, causal, recipe.corruption)
+        given = sequences(examples, rng, recipe.batch, span)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = flow_loss(model, given.latents, noise_levels(rng, batch, causal), given.condition, span)
+            loss = flow_loss(model, given.latents, noise_levels(rng, recipe.batch, causal), given.condition, span)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimiser.param_groups:
-            group["lr"] = rate * cosine(step, steps)
+            group["lr"] = recipe.rate * cosine(step, recipe.steps)
         optimiser.step()
         optimiser.zero_grad()
         average.update(model, step)
@@ -85,16 +82,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder written by dataset latents")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--from", dest="begin", type=Path, help="the teacher's run: train a causal student")
-    parser.add_argument("--steps", type=int, default=20000)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--batch", type=int, default=6)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    Recipe.add(parser, steps=20000, batch=4, rate=1e-3)
     given = parser.parse_args()
-    train(
-        Examples.open(given.data), given.out, begin=given.begin, steps=given.steps, minutes=given.minutes,
-        batch=given.batch, rate=given.rate, seed=given.seed,
-    )  # fmt: skip
+    train(Examples.open(given.data), given.out, Recipe.of(given), given.begin)
 
 
 if __name__ == "__main__":

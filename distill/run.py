@@ -6,15 +6,46 @@ came after the last save.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast: steps in all, minutes of this call, clips a step, learning rate.
+
+    corruption: most noise on the keys and values of the history, relative to theirs; for causal models.
+    """
+
+    steps: int
+    minutes: float
+    batch: int
+    rate: float
+    seed: int = 0
+    corruption: float = 0.1
+
+    @classmethod
+    def add(cls, parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float) -> None:
+        """Its arguments, with defaults."""
+        parser.add_argument("--steps", type=int, default=steps, help=f"in all ({steps})")
+        parser.add_argument("--minutes", type=float, default=60, help="of this call; another one goes on (60)")
+        parser.add_argument("--batch", type=int, default=batch, help=f"clips a step ({batch})")
+        parser.add_argument("--rate", type=float, default=rate, help=f"learning rate ({rate})")
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--corruption", type=float, default=0.1, help="most noise on the history (0.1)")
+
+    @classmethod
+    def of(cls, given: argparse.Namespace) -> Recipe:
+        return cls(given.steps, given.minutes, given.batch, given.rate, given.seed, given.corruption)
 
 
 class Run:

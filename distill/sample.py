@@ -1,7 +1,7 @@
 """See what a run has learned: `python -m distill.sample --run DIR --vae FILE --out grid.png`.
 
-For each held-out clip a row of its own frames and a row of frames made from its picture, prompt and sound: by the student
-in 4 steps, or with `--teacher` in many, seeing the whole sequence.
+For each held-out clip a row of its own frames and a row of frames made from its picture, prompt and sound: by the
+student in 4 steps, or with `--teacher` in many, seeing the whole sequence.
 """
 
 from __future__ import annotations

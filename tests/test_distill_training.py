@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ from distill.data import LATENTS, Examples
 from distill.dmd import matching_loss, whole
 from distill.flow import many_steps, mixed
 from distill.pretrain import random_span, sequences
-from distill.run import Average, Run, cosine, load_average
+from distill.run import Average, Recipe, Run, cosine, load_average
 from distill.toon import BANDS, DIT, VAE
 from distill.video_dit import Condition, Span, VideoDiT
 from distill.video_vae import VideoVAE
+
+RECIPE = Recipe(steps=4, minutes=5, batch=2, rate=1e-3, seed=3)
 
 
 @pytest.fixture
@@ -47,8 +50,8 @@ def weights_of(folder: Path) -> Tensor:
     return torch.cat([weight.flatten() for weight in load_average(folder).values()])
 
 
-def teach(examples: Examples, out: Path, steps: int, begin: Path | None = None) -> Path:
-    pretrain.train(examples, out, begin=begin, steps=4, minutes=steps, batch=2, rate=1e-3, seed=3)
+def teach(examples: Examples, out: Path, begin: Path | None = None) -> Path:
+    pretrain.train(examples, out, RECIPE, begin)
     return out
 
 
@@ -57,7 +60,7 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(
 ) -> None:
     """Steps are seeded one by one, so the two differ in nothing but the state that was saved."""
     monkeypatch.setattr(pretrain, "flow_loss", seeded_loss(pretrain.flow_loss))
-    straight = teach(examples, tmp_path / "straight", 5)
+    straight = teach(examples, tmp_path / "straight")
     whole_run = Run.steps
 
     def two(self: Run, until: int) -> object:
@@ -65,7 +68,7 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(
 
     monkeypatch.setattr(Run, "steps", two)
     for _ in range(2):
-        teach(examples, tmp_path / "cut", 5)
+        teach(examples, tmp_path / "cut")
     assert torch.equal(weights_of(straight), weights_of(tmp_path / "cut"))
 
 
@@ -80,18 +83,15 @@ def seeded_loss(loss: object) -> object:
 
 
 def test_a_causal_student_begins_with_its_teachers_weights(examples: Examples, tmp_path: Path) -> None:
-    teacher = teach(examples, tmp_path / "teacher", 5)
-    pretrain.train(examples, tmp_path / "s", begin=teacher, steps=0, minutes=5, batch=2, rate=1e-3, seed=3)
+    teacher = teach(examples, tmp_path / "teacher")
+    pretrain.train(examples, tmp_path / "s", replace(RECIPE, steps=0), teacher)
     assert torch.equal(weights_of(teacher), weights_of(tmp_path / "s"))
 
 
 def test_distillation_changes_student_and_fake_score_and_leaves_the_teacher(examples: Examples, tmp_path: Path) -> None:
-    teacher = teach(examples, tmp_path / "teacher", 5)
+    teacher = teach(examples, tmp_path / "teacher")
     before = (teacher / "state.pt").read_bytes()
-    dmd.train(
-        examples, tmp_path / "dmd", teacher_run=teacher, student_run=teacher, steps=1, minutes=5, batch=2, rate=1e-4,
-        seed=3,
-    )  # fmt: skip
+    dmd.train(examples, tmp_path / "dmd", replace(RECIPE, steps=1), teacher, teacher)
     state = torch.load(tmp_path / "dmd" / "state.pt", weights_only=True)
     for part in ("model", "fake"):
         changed = [not torch.equal(state[part][name], weight) for name, weight in load_average(teacher).items()]
@@ -100,7 +100,7 @@ def test_distillation_changes_student_and_fake_score_and_leaves_the_teacher(exam
 
 
 def test_the_student_follows_the_difference_of_the_scores(examples: Examples, numbers: np.random.Generator) -> None:
-    """Scores that are sure of one video each: the gradient points from the teacher's to the fake one's, at any level."""
+    """Scores that are sure of one video each: the gradient points from the teacher's to the fake one's."""
     span = random_span(numbers, 2, True)
     given = sequences(examples, numbers, 2, span)
     real, ours = torch.randn_like(given.latents), torch.randn_like(given.latents)
