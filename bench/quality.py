@@ -82,9 +82,9 @@ def arguments() -> argparse.Namespace:
     add("--checkpoint", action="append", default=[], metavar="[LABEL=]DIR",
         help="a model in the published layout; several may be given, such as one trained without history corruption")
     add("--only", metavar="PART,PART", help=f"some of {', '.join(PARTS)}; teacher is left out without --run")
-    add("--clips", type=positive(int, "clips"), help="default: 8 for lipsync, 12 for prompts, 4 for teacher, 2 for precision")
+    add("--clips", type=positive(int, "clips"), help="default: 8 (lipsync), 12 (prompts), 4 (teacher), 2 (precision)")
     add("--frames", type=positive(int, "frames"), default=100, help="of a clip")
-    add("--seconds", type=positive(float, "seconds"), help="of a stream; default: 120 for identity, 40 for each ablation")
+    add("--seconds", type=positive(float, "seconds"), help="of a stream; default: 120 (identity), 60 (each ablation)")
     add("--people", type=positive(int, "people"), default=1, help="that are streamed side by side")
     add("--seed", type=number(int, "seeds"), default=0, help="of the first clip and of the noise")
     add("--whole-file", action="store_true", help="lip sync with the whole sound known, instead of heard live")

@@ -54,7 +54,7 @@ def video_of(engine: Engine, of: Clip, seed: int, *, whole: bool = False) -> Arr
 
 @torch.inference_mode()
 def through_vae(engine: Engine, frames: Array) -> Array:
-    """A video coded and decoded: the best that the transformer could do. The last frame is repeated for a whole latent."""
+    """A video coded and decoded: the best that the transformer could do; the last frame fills up the last latent."""
     count = len(frames)
     padded = np.concatenate([frames, frames[-1:].repeat((1 - count) % 4, 0)])
     video = torch.from_numpy(padded).permute(3, 0, 1, 2).float() / 127.5 - 1
@@ -83,7 +83,8 @@ def lip_sync(options: Options) -> Result:
         seen = [mouth_opening(frames) for frames in videos]
         rows[label] = measures.lip_sync(seen, true)
         drawn[label] = seen
-        sheets.extend((f"{label}, clip {options.seed + i}", pictures.spread(videos[i])) for i in range(min(3, len(clips))))
+        shown = range(min(3, len(clips)))
+        sheets.extend((f"{label}, clip {options.seed + i}", pictures.spread(videos[i])) for i in shown)
 
     for label, video in CONTROLS.items():
         judge(label, video)
@@ -108,6 +109,9 @@ def lip_sync(options: Options) -> Result:
 # -- prompts -----------------------------------------------------------------------------------------------------------
 
 
+ANSWERS = ("named", "picture's instead", "kept", "kept without prompt")
+
+
 def prompts(options: Options) -> Result:
     """Named colours in the last half of each video; colours that no prompt names stay those of the picture."""
     count, frames = options.clips or 12, min(options.frames, 48)
@@ -121,7 +125,7 @@ def prompts(options: Options) -> Result:
     rows, sheets = {}, []
 
     def judge(label: str, video: Video) -> None:
-        hits: dict[str, list[float]] = {name: [] for name in ("named", "picture's instead", "kept", "kept without prompt")}
+        hits: dict[str, list[float]] = {name: [] for name in ANSWERS}
         shown = []
         for i, one in enumerate(chosen):
             made = options.told(f"prompts, {label}", i, len(chosen), video(one))
@@ -207,7 +211,7 @@ def teacher(options: Options) -> Result:
             clips = held_out(count, options, engine.stream.block_frames * blocks - engine.stream.dropped_frames)
             ways: dict[str, Video] = {
                 "truth": lambda one: one.frames_uint8,
-                f"teacher, {options.teacher_steps} steps": lambda one, engine=engine: model.video(engine, one, options.seed),
+                f"teacher, {model.steps} steps": lambda one, engine=engine: model.video(engine, one, options.seed),
                 f"student {label}": lambda one, engine=engine: video_of(engine, one, options.seed),
             }
             for name, video in ways.items():
@@ -217,7 +221,8 @@ def teacher(options: Options) -> Result:
                 videos = [options.told(f"teacher, {name}", i, count, video(one)) for i, one in enumerate(clips)]
                 spent = (time.perf_counter() - start) / sum(map(len, videos))
                 rows[name] = _against_truth(videos, clips) | {"seconds_per_frame": spent if name != "truth" else None}
-                sheets += [(f"{name}, clip {options.seed + i}", pictures.spread(videos[i])) for i in range(min(3, count))]
+                sheets += [(f"{name}, clip {options.seed + i}", pictures.spread(made))
+                           for i, made in enumerate(videos[:3])]  # fmt: skip
     if options.pictures:
         pictures.sheet(options.pictures / "teacher_sheet.png", sheets)
     return rows
@@ -280,4 +285,5 @@ def speed(options: Options) -> Result:
                 for chunk in chunks:
                     count += len(chunk.frames)
             rows[label] = {"load_s": load, "first_frame_s": first, "fps": count / (time.perf_counter() - start)}
-    return rows | {"machine": {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}}
+    machine = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
+    return rows | {"machine": machine}

@@ -1,4 +1,4 @@
-"""The parts of `bench.quality` that look at long streams: identity over time, and what each idea of the paper is for."""
+"""The parts of `bench.quality` that look at long streams: identity over time, and the method with parts taken away."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def follow(label: str, make: Make, people: list[Who], options: Options, seconds:
         for talker in talkers:
             open_ones.callback(talker.close)
         watches = [Watch(who) for who in people]
-        progress, pieces = Progress(round(seconds * FPS), FPS), 0
-        print(f"{label}: {seconds:g} s of {len(people)} streams", flush=True)
+        progress, pieces = Progress(streams.pieces(seconds) * streams.PIECE_S * FPS, FPS), 0
+        print(f"{label}: {seconds:g} s, {len(people)} side by side", flush=True)
 
         def note() -> None:
             columns = streams.table_of(watches)
-            result[label] = streams.summary(columns) | {"floor": float(np.mean([who.floor for who in people]))}
+            result[label] = streams.summary(columns) | {"others": float(np.mean([who.others for who in people]))}
             result[label]["columns"] = {name: np.round(values, 5).tolist() for name, values in columns.items()}
             options.save(result)
 
@@ -78,7 +78,7 @@ def identity(options: Options) -> Result:
 
 def ablations(options: Options) -> Result:
     """The same stream without some part of the method."""
-    seconds, result, watched = options.seconds or 40.0, {}, {}
+    seconds, result, watched = options.seconds or 60.0, {}, {}
     people = [Who.of_seed(options.seed + i) for i in range(options.people)]
     try:
         for label, engine in models(options):
