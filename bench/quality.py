@@ -37,6 +37,7 @@ PARTS: dict[str, Part] = {
     "precision": (quality_clips.precision, quality_tables.precision),
     "speed": (quality_clips.speed, quality_tables.speed),
 }
+CONTROLLED = ["lipsync", "identity", "prompts"]  # say something without a model, too
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -100,11 +101,12 @@ def arguments() -> argparse.Namespace:
 
 def chosen(given: argparse.Namespace) -> list[str]:
     """The parts to do."""
-    parts = given.only.split(",") if given.only else [name for name in PARTS if name != "teacher" or given.run]
+    possible = [name for name in PARTS if given.run or name != "teacher"] if given.checkpoint else CONTROLLED
+    parts = given.only.split(",") if given.only else possible
     for name in parts:
         if name not in PARTS:
             raise LiveRelayError(f"there is no part '{name}'; there are {', '.join(PARTS)}")
-        if not given.checkpoint and name not in ("lipsync", "identity", "prompts"):
+        if not given.checkpoint and name not in CONTROLLED:
             raise LiveRelayError(f"{name} needs a model; give --checkpoint DIR")
     return parts
 
