@@ -227,7 +227,8 @@ def test_every_part_runs_on_random_weights(
     monkeypatch.setattr(quality_clips, "PRECISIONS", dict(list(quality_clips.PRECISIONS.items())[:2]))
     kept = tmp_path / "quality.json"
     words = ["--checkpoint", f"small={toon / 'checkpoint'}", "--run", toon, "--json", kept, "--clips", 1,
-             "--frames", 12, "--seconds", 1, "--teacher-blocks", 1, "--teacher-steps", 1, "--pictures", tmp_path]  # fmt: skip
+             "--frames", 12, "--seconds", 1, "--teacher-blocks", 1, "--teacher-steps", 1,
+             "--pictures", tmp_path]  # fmt: skip
     assert command(monkeypatch, *words) == 0
     found = json.loads(kept.read_text())
     assert set(found) >= set(quality.PARTS)
