@@ -108,7 +108,8 @@ def draw(name: str, watched: dict[str, list[Watch]], result: Result, options: Op
     rows = []
     for label, (first, *_) in watched.items():
         if label == "truth":
-            rows.append(("picture, then " + ", ".join(f"{mark} s" for mark in first.kept), [first.who.of.still]))
+            times = ", ".join(f"{mark} s" for mark in first.kept)
+            rows.append((f"picture, prompt '{first.who.of.prompt}'; below it {times}", [first.who.of.still]))
         rows.append((label, list(first.kept.values())))
     pictures.sheet(options.pictures / f"{name}_sheet.png", rows)
 

@@ -5,6 +5,7 @@ Videos are uint8 [T, H, W, 3] at 25 FPS, openings of the mouth float32 [T]. All 
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -18,6 +19,8 @@ CLOSE = (9, 10, 11)  # of LAGS: -1, 0, 1
 SPOKEN, SHUT = 0.1, 0.02  # true openings above which somebody speaks, below which the mouth is shut
 FEWEST = 10  # frames of which a correlation is made
 DRAWS = 2000
+# Student's t for 95%, over 1 / degrees of freedom.
+STUDENT = (0, 1 / 30, 1 / 10, 1 / 5, 1 / 3, 1 / 2, 1), (1.960, 2.042, 2.228, 2.571, 3.182, 4.303, 12.706)
 Array = np.ndarray
 
 
@@ -125,36 +128,43 @@ def _draw(values: Array, block: int, draws: int = DRAWS) -> Array:
     return values[index]
 
 
-def block_length(residuals: Array) -> int:
-    """How many neighbours belong together: twice the time over which they are correlated, at least the cube root of
-    their number."""
+def alike(residuals: Array, fitted: int = 1) -> float:
+    """How many neighbours say as much as one value alone, from 1 on: the sum of a series' autocorrelations, or what
+    the first one makes of it, whichever is more. Residuals of `fitted` coefficients look less alike than they are;
+    the first autocorrelation makes up for that."""
     n = len(residuals)
     centred = residuals - residuals.mean()
     power = float((centred**2).sum())
-    time = 1.0
-    for lag in range(1, n // 3):
-        value = float((centred[:-lag] * centred[lag:]).sum()) / max(power, 1e-30)
-        if value < 0.05:
-            break
-        time += 2 * value
-    return int(np.clip(math.ceil(2 * time), math.ceil(n ** (1 / 3)), max(1, n // 4)))
+    if n < 4 or power < 1e-30:
+        return 1.0
+    found, total = [float((centred[:-lag] * centred[lag:]).sum()) / power for lag in range(1, n // 3 + 1)], 1.0
+    for value in itertools.takewhile(lambda value: value > 0.05, found):
+        total += 2 * value
+    first = min(found[0] + (1 + (2 + fitted) * found[0]) / n, 0.95)
+    return max(1.0, total, (1 + first) / (1 - first))
+
+
+def block_length(values: Array) -> int:
+    """Of a bootstrap: twice as many as are alike, at least the cube root of their number, at most a quarter of it."""
+    n = len(values)
+    return int(np.clip(math.ceil(2 * alike(values)), math.ceil(n ** (1 / 3)), max(1, n // 4)))
 
 
 def slope(x: Array, y: Array) -> dict[str, Any]:
-    """Least squares y over x; the interval draws blocks of residuals, because neighbours in time are alike."""
+    """Least squares y over x; the interval counts neighbours in time that are `alike` as one (Student's t)."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     kept = ~np.isnan(y)
     x, y = x[kept], y[kept]
-    if len(x) < 8:
-        return {"value": None, "low": None, "high": None, "windows": len(x)}
-    lever = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
-    value = float(lever @ y)
+    n = len(x)
+    if n < 10:
+        return {"value": None, "low": None, "high": None, "windows": n}
+    square = float(((x - x.mean()) ** 2).sum())
+    value = float((x - x.mean()) @ y) / square
     residuals = y - y.mean() - value * (x - x.mean())
-    block = block_length(residuals)
-    # A fit takes two degrees of freedom off its residuals, blocks take more off their mean's spread.
-    wider = math.sqrt(len(x) / (len(x) - 2) / max(1 - block / len(x), 0.5))
-    low, high = np.percentile(_draw(residuals, block) @ lever, (2.5, 97.5)) * wider
-    return {"value": value, "low": value - float(high), "high": value - float(low), "windows": len(x), "block": block}
+    together = alike(residuals, 2)
+    error = math.sqrt(float((residuals**2).sum()) / (n - 2) / square * together)
+    error *= float(np.interp(1 / max(1.0, n / together - 2), *STUDENT))
+    return {"value": value, "low": value - error, "high": value + error, "windows": n, "alike": together}
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
