@@ -73,11 +73,13 @@ def streams(result: Result) -> list[str]:
     for label, row in result.items():
         if "marks" in row:
             slopes = [span(row[f"slope_per_{unit}"], 4) for unit in ("decade", "1000_s")]
-            parts = [span(row[f"{name}_{when}"], 2) for name in ("sync", "sharpness") for when in ("early", "late")]
+            measured = (("identity", 3), ("sync", 2), ("sharpness", 2))
+            parts = [span(row[f"{name}_{when}"], digits) for name, digits in measured
+                     for when in ("early", "late")]  # fmt: skip
             memory = "{:.0f}, {:.0f}".format(*row["memory_mb"])
             rows.append([label, *slopes, *parts, number(row["silent_opening"]["value"]), memory])
-    header = ["over time", "slope per decade", "per 1000 s", "lip sync early", "late", "sharpness early", "late",
-              "silence", "memory MB"]  # fmt: skip
+    header = ["over time", "slope per decade", "per 1000 s", "identity early", "late", "lip sync early", "late",
+              "sharpness early", "late", "silence", "memory MB"]  # fmt: skip
     lines += ["", *table(header, rows)]
     short = [label for label, row in result.items() if "marks" not in row]
     return lines + [f"{label}: the stream was too short to say anything" for label in short]

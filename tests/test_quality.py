@@ -155,7 +155,7 @@ def test_a_stream_that_stays_is_told_from_one_that_drifts(seed: int) -> None:
     assert stays["sync_late"]["low"] > 0.9 and stays["lag"] == 0
     assert abs(stays["sharpness_late"]["value"] - 1) < 0.15
     assert stays["marks"]["10"]["value"] < 0.2 * watch.who.others
-    assert drifts["slope_per_1000_s"]["low"] > abs(stays["slope_per_1000_s"]["value"])
+    assert drifts["slope_per_1000_s"]["low"] > 0 and drifts["identity_late"]["low"] > drifts["identity_early"]["high"]
     assert set(watch.kept) == {0, 1, 3, 10, 30}
     lines = quality_tables.identity({"model": drifts | {"others": 0.2}})
     assert any("MISSED" in line and "1000 s" in line for line in lines) and "not measured" in lines[-1]
@@ -179,13 +179,13 @@ def frames_of(talker: Live | Rollout, sound: Array) -> Array:
 
 
 @pytest.mark.usefixtures("small")
-def test_the_rollout_as_published_is_the_engines_and_each_variant_is_another(toon: Path, seed: int) -> None:
+def test_the_rollout_as_published_is_the_engines_and_variants_are_others(toon: Path, seed: int) -> None:
     one, sound = clip(seed, 24, held_out=True, size=64), next(voice(seed))[0][: 122 * 640]  # ten blocks
     engine = Engine.load(toon / "checkpoint", device="cpu")
     expected = frames_of(Live(engine, one, seed), sound)
-    made = {name: frames_of(Rollout(engine, one, seed, variant), sound) for name, variant in VARIANTS.items()}
+    since = {"without rolling RoPE": 9, "without sink replacement": 4}  # differ from this block on
+    made = {name: frames_of(Rollout(engine, one, seed, VARIANTS[name]), sound) for name in ("as published", *since)}
     assert np.array_equal(made["as published"], expected)
-    since = {"without rolling RoPE": 9, "without sink replacement": 4, "clean history": 1}  # differ from this block on
     for name, block in since.items():
         assert not np.array_equal(made[name][12 * block :], expected[12 * block :])
     assert np.array_equal(made["without sink replacement"][:45], expected[:45])  # the first clip
@@ -206,6 +206,7 @@ def test_clean_history_is_that_of_the_finished_block_at_timestep_0(toon: Path, s
     place = max(30, made.distances[-1])
     dit.block_step(run.workspace, arena, run.still, latent, 0, place, (run.text, heard, dit.pose_condition(None)))
     assert torch.equal(run.arenas[0].k, arena.k) and torch.equal(run.arenas[0].v, arena.v)
+    assert all(step is run.arenas[0] for step in run.arenas)
     engine.close()
 
 
