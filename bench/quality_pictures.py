@@ -1,0 +1,68 @@
+"""Contact sheets and curves of `bench.quality`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from liverelay.engine.errors import MissingExtraError
+
+Row = tuple[str, Sequence[np.ndarray]]  # a title and frames uint8 [H, W, 3]
+Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]  # name: x and y
+
+
+def spread(frames: np.ndarray, count: int = 10) -> list[np.ndarray]:
+    """So many frames of a video, evenly spaced."""
+    return [frames[int((i + 0.5) * len(frames) / count)] for i in range(min(count, len(frames)))]
+
+
+def sheet(path: Path, rows: Sequence[Row]) -> None:
+    """Rows of frames, each below its title."""
+    try:
+        from PIL import Image, ImageDraw
+    except ImportError:
+        raise MissingExtraError("Pillow", "to write a contact sheet", "media") from None
+    rows = [row for row in rows if len(row[1])]
+    if not rows:
+        return
+    height, width = rows[0][1][0].shape[:2]
+    picture = Image.new("RGB", (width * max(len(frames) for _, frames in rows), (height + 16) * len(rows)), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, (title, frames) in enumerate(rows):
+        top = number * (height + 16)
+        draw.text((2, top + 2), title, fill="black")
+        for column, frame in enumerate(frames):
+            picture.paste(Image.fromarray(frame), (column * width, top + 16))
+    picture.save(path)
+
+
+def plot(path: Path, panels: Sequence[tuple[str, Curves]], *, across: str, logarithmic: bool = False) -> None:
+    """Curves below each other; a panel is the name of its vertical axis, and what is drawn."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise MissingExtraError("matplotlib", "to draw curves", "view") from None
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=(9, 2.2 * len(panels) + 0.6), squeeze=False)
+    for axis, (name, curves) in zip(axes[:, 0], panels, strict=True):
+        _panel(axis, name, curves, logarithmic)
+    axes[-1, 0].set_xlabel(across)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _panel(axis: Any, name: str, curves: Curves, logarithmic: bool) -> None:
+    for label, (x, y) in curves.items():
+        axis.plot(x, y, label=label, linewidth=1)
+    axis.set_ylabel(name)
+    axis.grid(alpha=0.3)
+    if logarithmic:
+        axis.set_xscale("log")
+    if len(curves) > 1:
+        axis.legend(fontsize=7, loc="best")
