@@ -15,8 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill.identity import Identity
+from distill.motion import random_motion
+from distill.portrait import render
 from distill.run import Average, Run, cosine, load_average
-from distill.toon import VAE
+from distill.toon import SIZE, VAE
 from distill.video_vae import VideoVAE
 
 
@@ -110,15 +113,38 @@ def finish(folder: Path, pixels: np.ndarray) -> Path:
     return path
 
 
+def render_clips(path: Path, count: int = 1600, frames: int = 17) -> None:
+    """Clips whose mouths move by chance, uint8 [count, frames, SIZE, SIZE, 3]; the file appears when it is whole."""
+    part = path.with_suffix(".part.npy")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (count, frames, SIZE, SIZE, 3))
+    for n in range(count):
+        rng = np.random.default_rng([77, n])
+        places = np.arange(0, frames + 2, 3)
+        opening, spread = (
+            np.clip(np.interp(np.arange(frames), places, rng.uniform(low, 1.2, len(places))), floor, 1)
+            for low, floor in ((-0.4, 0), (-1.2, -1))
+        )
+        first = rng.integers(40)
+        motion = random_motion(rng, first + frames)[first:].with_mouth(opening, spread)
+        pixels[n] = render(Identity.random(rng), motion, SIZE)
+        if n % 200 == 199:
+            print(f"{n + 1} of {count} clips", flush=True)
+    pixels.flush()
+    part.rename(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pixels", type=Path, required=True, help="clips as written by dataset pixels")
+    parser.add_argument("--pixels", type=Path, required=True, help="file of rendered clips, made if absent")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=6000, help="steps on single pictures, the first ones")
     parser.add_argument("--steps", type=int, default=12000, help="steps in all")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if not given.pixels.exists():
+        render_clips(given.pixels)
     pixels = np.load(given.pixels, mmap_mode="r")
     train(pixels, given.out, images=given.images, steps=given.steps, minutes=given.minutes, seed=given.seed)
     print(finish(given.out, pixels))
