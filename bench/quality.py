@@ -21,11 +21,12 @@ set_process_defaults()  # before torch is imported
 
 import torch  # noqa: E402
 
-from bench import quality_clips, quality_long, quality_tables  # noqa: E402
+from bench import quality_clips, quality_long, quality_pictures, quality_tables  # noqa: E402
 from bench.quality_options import Options  # noqa: E402
 from liverelay.engine import LiveRelayError, media  # noqa: E402
 from liverelay.engine.arguments import number, positive  # noqa: E402
 from liverelay.engine.devices import check_device, default_device  # noqa: E402
+from liverelay.engine.loading import Loader  # noqa: E402
 
 Part = tuple[Callable[[Options], dict[str, Any]], Callable[[dict[str, Any]], list[str]]]
 PARTS: dict[str, Part] = {
@@ -69,11 +70,10 @@ def checkpoints(given: list[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for text in given:
         label, _, folder = text.rpartition("=")
-        path = Path(folder)
-        label = label or path.name
+        label = label or Path(folder).name
         if label in found:
             raise LiveRelayError(f"two checkpoints are called '{label}'; name them with LABEL=DIR")
-        found[label] = path
+        found[label] = Path(folder)
     return found
 
 
@@ -108,6 +108,8 @@ def chosen(given: argparse.Namespace) -> list[str]:
             raise LiveRelayError(f"there is no part '{name}'; there are {', '.join(PARTS)}")
         if not given.checkpoint and name not in CONTROLLED:
             raise LiveRelayError(f"{name} needs a model; give --checkpoint DIR")
+    if "teacher" in parts and not (given.run and (given.run / "state.pt").exists()):
+        raise LiveRelayError(f"teacher needs a training run with its state.pt: --run DIR (given: {given.run})")
     return parts
 
 
@@ -118,15 +120,19 @@ def main() -> int:
         if given.json:
             media.check_writable(given.json)
         if given.pictures:
-            given.pictures.mkdir(parents=True, exist_ok=True)
+            quality_pictures.prepare(given.pictures)
         report = Report(given.json, {"checkpoints": given.checkpoint, "seed": given.seed, "frames": given.frames})
         options = Options(
-            checkpoints(given.checkpoint), check_device(given.device), DTYPES.get(given.dtype), given.clips,
-            given.frames, given.seconds, given.people, given.seed, given.whole_file, given.run,
-            given.teacher_blocks, given.teacher_steps, given.pictures, report.save,
+            checkpoints(given.checkpoint), device=check_device(given.device), dtype=DTYPES.get(given.dtype),
+            clips=given.clips, frames=given.frames, seconds=given.seconds, people=given.people, seed=given.seed,
+            whole_file=given.whole_file, run=given.run, teacher_blocks=given.teacher_blocks,
+            teacher_steps=given.teacher_steps, pictures=given.pictures, save=report.save,
         )  # fmt: skip
-        for report.part in parts:
-            measure, lines = PARTS[report.part]
+        for folder in options.checkpoints.values():
+            Loader.make(folder, (options.device,), dtype=options.dtype)  # says what is missing
+        for name in parts:
+            report.part = name
+            measure, lines = PARTS[name]
             result = measure(options)
             report.save(result)
             print("\n" + "\n".join(lines(result)), flush=True)
@@ -136,7 +142,8 @@ def main() -> int:
         so_far = report.results.get(report.part)
         if so_far and report.part in ("identity", "ablations"):
             print("\n".join(PARTS[report.part][1](so_far)), flush=True)
-        print(f"interrupted in {report.part}; what was done is kept where --json said", file=sys.stderr)
+        kept = f"; what was done is in {given.json}" if given.json else ""
+        print(f"interrupted in {report.part}{kept}", file=sys.stderr)
         return 130
     return 0
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from liverelay.engine.errors import MissingExtraError
+from liverelay.engine.errors import MissingExtraError, OutputError
 
 Row = tuple[str, Sequence[np.ndarray]]  # a title and frames uint8 [H, W, 3]
 Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]  # name: x and y
+
+
+def prepare(folder: Path) -> None:
+    """Before any long work: MissingExtraError without what draws, OutputError where the folder cannot be."""
+    for library, extra in (("PIL", "media"), ("matplotlib", "view")):
+        if importlib.util.find_spec(library) is None:
+            raise MissingExtraError("Pillow" if library == "PIL" else library, "to draw pictures", extra)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be a folder of pictures: {error.strerror}") from None
 
 
 def spread(frames: np.ndarray, count: int = 10) -> list[np.ndarray]:
@@ -21,10 +33,8 @@ def spread(frames: np.ndarray, count: int = 10) -> list[np.ndarray]:
 
 def sheet(path: Path, rows: Sequence[Row]) -> None:
     """Rows of frames, each below its title."""
-    try:
-        from PIL import Image, ImageDraw
-    except ImportError:
-        raise MissingExtraError("Pillow", "to write a contact sheet", "media") from None
+    from PIL import Image, ImageDraw
+
     rows = [row for row in rows if len(row[1])]
     if not rows:
         return
@@ -41,20 +51,15 @@ def sheet(path: Path, rows: Sequence[Row]) -> None:
 
 def plot(path: Path, panels: Sequence[tuple[str, Curves]], *, across: str, logarithmic: bool = False) -> None:
     """Curves below each other; a panel is the name of its vertical axis, and what is drawn."""
-    try:
-        import matplotlib
+    from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise MissingExtraError("matplotlib", "to draw curves", "view") from None
-    figure, axes = pyplot.subplots(len(panels), 1, figsize=(9, 2.2 * len(panels) + 0.6), squeeze=False)
+    figure = Figure(figsize=(9, 2.2 * len(panels) + 0.6))
+    axes = figure.subplots(len(panels), 1, squeeze=False)
     for axis, (name, curves) in zip(axes[:, 0], panels, strict=True):
         _panel(axis, name, curves, logarithmic)
     axes[-1, 0].set_xlabel(across)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def _panel(axis: Any, name: str, curves: Curves, logarithmic: bool) -> None:

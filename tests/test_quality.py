@@ -267,7 +267,9 @@ def test_a_stream_that_is_cut_off_leaves_what_it_has(
     (["--only", "beauty"], "no part 'beauty'"), (["--only", "speed"], "speed needs a model"),
     (["--only", "speed", "--checkpoint", "nowhere/at/all"], "nowhere/at/all"),
     (["--checkpoint", "a/x", "--checkpoint", "b/x", "--only", "speed"], "two checkpoints are called 'x'"),
-    (["--only", "teacher", "--checkpoint", "x"], "--run DIR"), (["--json", "no/such/folder/a.json"], "such/folder"),
+    (["--only", "teacher", "--checkpoint", "x", "--run", "y"], "--run DIR .given: y"),
+    (["--json", "no/such/folder/a.json"], "such/folder"),
+    (["--pictures", __file__], "cannot be a folder"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(monkeypatch: pytest.MonkeyPatch, words: list[str], fault: str) -> None:
     with pytest.raises(SystemExit, match=fault) as stopped:
