@@ -17,6 +17,7 @@ from liverelay.engine.engine import Engine
 from liverelay.engine.errors import InputError
 from liverelay.engine.relay.handoff import LocalLink
 from liverelay.engine.relay.loop import StageLoop
+from liverelay.engine.relay.messages import Stop
 from liverelay.engine.relay.native_loop import NativeStageLoop, available, wanted_loop
 from liverelay.engine.relay.plan import parse_plan
 from liverelay.engine.relay.ranks import Leader, RankServer, StageLost
@@ -71,6 +72,7 @@ def test_every_rank_runs_the_loop_that_was_chosen(
     line = leader.build(spec, stage, places=1)
     for worker in (server._worker, leader._own):
         assert worker is not None and type(worker.loop) is kind
+        worker.put(Stop())
         worker.close(broken=True)
     line.entry.close()
     group.over.set()
