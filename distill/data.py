@@ -67,8 +67,7 @@ class Examples:
         for i in range(count):
             n, start = int(rng.integers(len(self))), int(rng.integers(LATENTS - frames + 1))
             row = self._float(self.latents[n])
-            still = self._float(self.stills[n])
-            still = torch.cat([still, still[:, -1:].expand(-1, MOTION_LATENTS - still.shape[1], -1, -1)], dim=1)
+            still = motion_of(self._float(self.stills[n]))
             place = int(rng.integers(LATENTS))
             latents.append(row[:, start : start + frames])
             references.append(row[:, place : place + 1] if bool(replaced[i]) else still[:, :1])
@@ -83,6 +82,11 @@ class Examples:
     @staticmethod
     def _float(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(array, dtype=np.float32))
+
+
+def motion_of(still: Tensor) -> Tensor:
+    """The 19 motion latents from the first ones of a still picture [16, 7, h, w]; the later ones are alike."""
+    return torch.cat([still, still[:, -1:].expand(-1, MOTION_LATENTS - still.shape[1], -1, -1)], dim=1)
 
 
 def padded(states: Tensor) -> Tensor:

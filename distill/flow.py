@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -68,8 +67,3 @@ def many_steps(model: Flow, noise: Tensor, condition: Condition, span: Span, ste
         timestep = torch.full((len(noise),), TRAIN_STEPS * high)
         latents = latents + (low - high) * model(latents, timestep, condition, span)
     return latents
-
-
-def quiet(span: Span) -> Span:
-    """The same without noise on the history."""
-    return replace(span, corruption=0.0)

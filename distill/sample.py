@@ -16,13 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.clips import VOCABULARY, Clip, clip
-from distill.data import BEFORE, FRAMES, LATENTS, encode, features, padded
+from distill.data import BEFORE, FRAMES, LATENTS, encode, features, motion_of, padded
 from distill.flow import many_steps, random_distances, rollout
 from distill.run import load_average
 from distill.toon import DIT, VAE, text_encoder
 from distill.video_dit import Condition, Span, VideoDiT
 from distill.video_vae import VideoVAE
-from liverelay.engine.models.geometry import MOTION_LATENTS
 
 BLOCKS = LATENTS // 3
 
@@ -30,7 +29,7 @@ BLOCKS = LATENTS // 3
 def condition_of(vae: VideoVAE, made: Clip, states: Tensor) -> Condition:
     """What the engine would give the transformer for a clip."""
     _, still = encode(vae, made)
-    motion = torch.cat([still, still[:, -1:].expand(-1, MOTION_LATENTS - still.shape[1], -1, -1)], dim=1)
+    motion = motion_of(still)
     sound = features(made.sound, FRAMES)[:, BEFORE:]
     return Condition(motion[None, :, :1], motion[None], padded(states)[None], sound[None, None])
 

@@ -38,9 +38,6 @@ class Condition:
     text: Tensor
     audio: Tensor
 
-    def rows(self, taken: Tensor) -> Condition:
-        return Condition(self.reference[taken], self.motion[taken], self.text[taken], self.audio[taken])
-
 
 @dataclass(frozen=True)
 class Span:
