@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,8 +34,10 @@ def loss_of(model: VideoVAE, video: Tensor, noise: Tensor) -> tuple[Tensor, Tens
     moving = (video - video[:, :, :1]).abs().amax(dim=1, keepdim=True)
     weight = 1 + 4 * (moving > 0.08) + 2 * (moving.amax(dim=2, keepdim=True) > 0.08)
     edges = sum(((out - video).diff(dim=dim)).abs().mean() for dim in (3, 4))
+    # Flat colours: an error that is small everywhere is seen at once, and costs little beside that of edges.
+    flat = F.avg_pool3d(out - video, (1, 8, 8)).abs().mean()
     size = latents.square().mean()
-    return (error * weight).mean() + edges + 1e-3 * size, error.mean(), size
+    return (error * weight).mean() + edges + 2 * flat + 1e-3 * size, error.mean(), size
 
 
 def crops(pixels: np.ndarray, rng: np.random.Generator, *, batch: int, frames: int, size: int) -> Tensor:
