@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.identity import Identity
@@ -62,9 +62,14 @@ def piece(step: int, images: int) -> dict[str, int]:
     return {"batch": 1, "frames": 13, "size": 128} if whole else {"batch": 3, "frames": 17, "size": 64}
 
 
-def train(pixels: np.ndarray, out: Path, *, images: int, steps: int, minutes: float, seed: int) -> None:
+def train(
+    pixels: np.ndarray, out: Path, *, images: int, steps: int, minutes: float, seed: int, start: Path | None = None
+) -> None:
+    """images: how many of the steps, the first ones, see single pictures; start: weights of an earlier `finish`."""
     torch.manual_seed(seed)
     model = VideoVAE(VAE)
+    if start is not None:
+        model.load_state_dict(load_file(start))
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.98), weight_decay=1e-4)
     average = Average(model, 0.998)
     run = Run(out, minutes=minutes)
@@ -112,7 +117,7 @@ def finish(folder: Path, pixels: np.ndarray) -> Path:
     model.requires_grad_(False)
     whiten(model, pixels)
     path = folder / "vae.safetensors"
-    save_file({name: weight.contiguous() for name, weight in model.state_dict().items()}, path)
+    save_file({name: weight.bfloat16().contiguous() for name, weight in model.state_dict().items()}, path)
     return path
 
 
@@ -144,12 +149,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=6000, help="steps on single pictures, the first ones")
     parser.add_argument("--steps", type=int, default=12000, help="steps in all")
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--start", type=Path, help="weights to begin with, as this program writes them")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if not given.pixels.exists():
         render_clips(given.pixels)
     pixels = np.load(given.pixels, mmap_mode="r")
-    train(pixels, given.out, images=given.images, steps=given.steps, minutes=given.minutes, seed=given.seed)
+    train(pixels, given.out, images=given.images, steps=given.steps, minutes=given.minutes, seed=given.seed,
+          start=given.start)
     print(finish(given.out, pixels))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from distill import dmd, pretrain, train_vae
@@ -142,6 +143,15 @@ def test_pictures_come_first_and_both_kinds_are_trained_on(clips: np.ndarray, tm
     train_vae.train(clips, tmp_path, images=1, steps=2, minutes=5, seed=1)
     assert [train_vae.piece(step, 1)["frames"] for step in range(2)] == [1, 17]
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
+
+
+def test_training_begins_with_finished_weights(clips: np.ndarray, tmp_path: Path) -> None:
+    train_vae.train(clips, tmp_path / "first", images=1, steps=1, minutes=5, seed=1)
+    finished = train_vae.finish(tmp_path / "first", clips)
+    train_vae.train(clips, tmp_path / "next", images=0, steps=0, minutes=5, seed=2, start=finished)
+    want = torch.cat([weight.float().flatten() for weight in load_file(finished).values()])
+    got = torch.load(tmp_path / "next" / "state.pt", weights_only=True)["model"]
+    assert torch.equal(torch.cat([got[name].flatten() for name in load_file(finished)]), want)
 
 
 @torch.no_grad()
