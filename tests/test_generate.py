@@ -118,7 +118,7 @@ def test_interrupt_leaves_a_playable_file_of_what_is_done(
         cut = tmp_path / "video.interrupted.mp4"
     command = [sys.executable, "-m", "liverelay.engine", *arguments(checkpoint, picture, sound, out, "--threads", 1)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (written := sizes(tmp_path) - {0, 65536}):  # 65536: the probe for a folder that takes a file
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
