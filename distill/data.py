@@ -1,6 +1,6 @@
 """Training examples in latent space: rendered clips, coded by the trained VAE, with sound and prompt beside them.
 
-`python -m distill.data --vae DIR --out DIR --count 2000` writes a folder of arrays, a row a clip.
+`python -m distill.data --vae FILE --out DIR --count 2000` writes a folder of arrays, a row a clip.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.clips import VOCABULARY, Clip, clip
+from distill.run import run_program
 from distill.toon import BANDS, DIT, SIZE, VAE, text_encoder
 from distill.video_dit import Condition
 from distill.video_vae import VideoVAE
@@ -27,7 +28,7 @@ from liverelay.engine.models.geometry import MOTION_LATENTS
 from liverelay.engine.models.log_mel import LogMel
 
 LATENTS = 18  # of a clip
-BEFORE = 9  # video frames before them, after which the encoder no longer knows where the video began
+BEFORE = 9  # video frames before them: no latent is that of a first frame, as in the middle of a stream
 FRAMES = BEFORE + 4 * LATENTS
 STILL_FRAMES = 25  # of the 73 equal frames that the engine codes; later latents are as the last of these
 
@@ -151,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

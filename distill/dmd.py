@@ -21,7 +21,7 @@ from torch import Tensor
 from distill.data import Examples, Sequence
 from distill.flow import SCHEDULE, Flow, flow_loss, mixed, random_distances, rollout, shifted
 from distill.pretrain import random_span, sequences
-from distill.run import Average, Recipe, Run, load_average
+from distill.run import Average, Recipe, Run, load_average, run_program
 from distill.toon import DIT
 from distill.video_dit import Span, VideoDiT
 from liverelay.engine.models.sampler import TRAIN_STEPS
@@ -74,7 +74,7 @@ def train(examples: Examples, out: Path, recipe: Recipe, teacher_run: Path, stud
         for name, model in (("student", student), ("fake", fake))
     }
     average = Average(student, 0.99)
-    run = Run(out, minutes=recipe.minutes)
+    run = Run(out, minutes=recipe.minutes, seed=recipe.seed)
     run.keep(
         model=student, fake=fake, average=average, optimiser=optimisers["student"], fake_optimiser=optimisers["fake"]
     )
@@ -113,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

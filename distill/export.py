@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from distill.clips import VOCABULARY
-from distill.run import load_average
+from distill.run import load_average, run_program
 from distill.toon import DIT, write_front_ends
 from liverelay.engine.checkpoint import DIT_STEM
 from liverelay.engine.make_checkpoint import published_config
@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

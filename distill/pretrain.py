@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.data import Examples, Sequence
 from distill.flow import SCHEDULE, flow_loss, random_distances, random_starts, shifted
-from distill.run import Average, Recipe, Run, cosine, load_average
+from distill.run import Average, Recipe, Run, cosine, load_average, run_program
 from distill.toon import DIT
 from distill.video_dit import Span, VideoDiT
 
@@ -55,7 +55,7 @@ def train(examples: Examples, out: Path, recipe: Recipe, begin: Path | None = No
         model.load_state_dict(load_average(begin))
     optimiser = torch.optim.AdamW(model.parameters(), recipe.rate, betas=(0.9, 0.99), weight_decay=0.01)
     average = Average(model, 0.999)
-    run = Run(out, minutes=recipe.minutes)
+    run = Run(out, minutes=recipe.minutes, seed=recipe.seed)
     run.keep(model=model, optimiser=optimiser, average=average)
     total = 0.0
     for step in run.steps(recipe.steps):
@@ -88,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from liverelay.engine.errors import LiveRelayError
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,12 @@ class Recipe:
 
 
 class Run:
-    """folder: where state and log lie; minutes: after which `steps` ends; save_every: seconds between saves."""
+    """folder: where state and log lie; minutes: after which `steps` ends; seed: of torch's noise, set anew for each
+    step, so that a run that was cut goes on as if it had not been; save_every: seconds between saves."""
 
-    def __init__(self, folder: Path, *, minutes: float, save_every: float = 120.0) -> None:
+    def __init__(self, folder: Path, *, minutes: float, seed: int, save_every: float = 120.0) -> None:
         self.folder, self._end, self._save_every = folder, time.monotonic() + 60 * minutes, save_every
+        self._seed = seed
         self.step, self.seconds, self._saved = 0, 0.0, time.monotonic()
         self._parts: dict[str, Any] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,6 +83,7 @@ class Run:
         """The numbers of the steps still to do; saves now and then and at the end."""
         while self.step < until and time.monotonic() < self._end:
             start = time.monotonic()
+            torch.manual_seed((self._seed << 32) + self.step)
             yield self.step
             self.step += 1
             self.seconds += time.monotonic() - start
@@ -100,7 +106,6 @@ class Average(nn.Module):
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__()
         self.decay = decay
-        self.names = [name for name, _ in model.named_parameters()]
         for i, weight in enumerate(model.parameters()):
             self.register_buffer(str(i), weight.detach().clone())
 
@@ -109,15 +114,23 @@ class Average(nn.Module):
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.buffers()), list(model.parameters()), 1 - decay)
 
-    def weights(self) -> dict[str, Tensor]:
-        return dict(zip(self.names, (buffer.clone() for buffer in self.buffers()), strict=True))
-
 
 def load_average(folder: Path) -> dict[str, Tensor]:
     """The averaged weights of a run's folder, by the model's names."""
     state = torch.load(folder / "state.pt", weights_only=True, mmap=True)
-    names = [name for name in state["model"]]
-    return {name: state["average"][str(i)].clone() for i, name in enumerate(names)}
+    return {name: state["average"][str(i)].clone() for i, name in enumerate(state["model"])}
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """What a user can mend is one line and exit code 1, an interrupt 130; `state.pt` is there to go on from."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except LiveRelayError as error:
+        sys.exit(f"distill: {error}")
+    except OSError as error:
+        sys.exit(f"distill: {error.filename or 'input/output'}: {error.strerror or error}")
 
 
 def cosine(step: int, total: int, *, warmup: int = 200, lowest: float = 0.05) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 from distill.clips import VOCABULARY, Clip, clip
 from distill.data import BEFORE, FRAMES, LATENTS, encode, features, motion_of, padded
 from distill.flow import many_steps, random_distances, rollout
-from distill.run import load_average
+from distill.run import load_average, run_program
 from distill.toon import DIT, VAE, text_encoder
 from distill.video_dit import Condition, Span, VideoDiT
 from distill.video_vae import VideoVAE
@@ -88,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -19,7 +19,7 @@ from torch import Tensor
 from distill.identity import Identity
 from distill.motion import random_motion
 from distill.portrait import render
-from distill.run import Average, Run, cosine, load_average
+from distill.run import Average, Run, cosine, load_average, run_program
 from distill.toon import SIZE, VAE
 from distill.video_vae import VideoVAE
 
@@ -72,7 +72,7 @@ def train(
         model.load_state_dict(load_file(start))
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.98), weight_decay=1e-4)
     average = Average(model, 0.998)
-    run = Run(out, minutes=minutes)
+    run = Run(out, minutes=minutes, seed=seed)
     run.keep(model=model, optimiser=optimiser, average=average)
     for step in run.steps(steps):
         rng = np.random.default_rng([seed, step])
@@ -161,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -191,7 +191,7 @@ class See:
         return torch.cat([*(padded[:, i : i + x.shape[1]] for i in range(ring - 1)), x], dim=2)
 
 
-class CausalConv(nn.Module):
+class UnpaddedConv(nn.Module):
     def __init__(self, inner: int, out: int, stride: int) -> None:
         super().__init__()
         self.conv = nn.Conv1d(inner, out, 3, stride=stride)
@@ -207,9 +207,9 @@ class AudioEncoder(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         dim, self.tokens = config.dim, config.num_audio_tokens
-        self.conv1_local = CausalConv(config.audio_dim, dim // 4 * self.tokens, 1)
-        self.conv1_global = CausalConv(config.audio_dim, dim // 4, 1)
-        self.conv2, self.conv3 = CausalConv(dim // 4, dim // 2, 2), CausalConv(dim // 2, dim, 2)
+        self.conv1_local = UnpaddedConv(config.audio_dim, dim // 4 * self.tokens, 1)
+        self.conv1_global = UnpaddedConv(config.audio_dim, dim // 4, 1)
+        self.conv2, self.conv3 = UnpaddedConv(dim // 4, dim // 2, 2), UnpaddedConv(dim // 2, dim, 2)
         self.final_linear = nn.Linear(dim, dim)
         self.padding_tokens = nn.Parameter(torch.randn(1, 1, 1, dim) / dim**0.5)
 
