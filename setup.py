@@ -72,6 +72,8 @@ packages = {"liverelay.kernels": "kernels", "liverelay.engine": "engine"}
 for folder in sorted(path.parent for path in (ROOT / "engine").glob("*/__init__.py")):
     packages[f"liverelay.engine.{folder.name}"] = f"engine/{folder.name}"
 
+bundled = [str(path.relative_to(ROOT / "engine")) for path in (ROOT / "engine/bundled").rglob("*") if path.is_file()]
+
 setup(
     name="liverelay",
     version=VERSION,
@@ -83,7 +85,7 @@ setup(
     python_requires=">=3.11",
     packages=list(packages),
     package_dir=packages,
-    package_data={"liverelay.engine": ["_C.pyi"]},
+    package_data={"liverelay.engine": ["_C.pyi", *bundled]},
     ext_modules=[Extension("liverelay.engine._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
     entry_points={"console_scripts": ["liverelay = liverelay.engine.cli:main"]},

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.clips import VOCABULARY, Clip, clip
-from distill.run import run_program
+from distill.run import add_device, fast_precision, run_program, there
 from distill.toon import BANDS, DIT, SIZE, VAE, text_encoder
 from distill.video_dit import Condition
 from distill.video_vae import VideoVAE
@@ -54,13 +54,19 @@ class Examples:
     def open(cls, folder: Path) -> Examples:
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("latents", "stills", "sound")]
         prompts = json.loads((folder / "prompts.json").read_text())
-        with tempfile.TemporaryDirectory() as temporary:
+        with tempfile.TemporaryDirectory() as temporary, torch.device("cpu"):
             encoder = text_encoder(list(VOCABULARY), Path(temporary))
-            states = {prompt: encoder.encode(prompt) for prompt in sorted(set(prompts))}
-        return cls(*arrays, torch.stack([padded(states[prompt]) for prompt in prompts]))
+            states = {prompt: padded(encoder.encode(prompt)) for prompt in sorted(set(prompts))}
+        return cls(*arrays, torch.stack([states[prompt] for prompt in prompts]))
 
     def __len__(self) -> int:
         return len(self.text)
+
+    def liveliness(self) -> Tensor:
+        """How much more than elsewhere the videos move at a place, [h, w], mean 1: the mouth is a few of its cells."""
+        some = self._float(self.latents[:: max(1, len(self) // 200)])
+        moving = some.var(dim=2).mean(dim=(0, 1))
+        return (moving / moving.mean()).clamp(0.3, 5.0)
 
     def sample(self, rng: np.random.Generator, count: int, frames: int, replaced: Tensor) -> Sequence:
         """Random pieces of `frames` latents; replaced [B]: whose sink is a latent of the video instead of the still."""
@@ -71,18 +77,18 @@ class Examples:
             still = motion_of(self._float(self.stills[n]))
             place = int(rng.integers(LATENTS))
             latents.append(row[:, start : start + frames])
-            references.append(row[:, place : place + 1] if bool(replaced[i]) else still[:, :1])
+            references.append(torch.where(replaced[i], row[:, place : place + 1], still[:, :1]))
             motions.append(still)
             loudness = 0.15 * rng.standard_normal()  # in steps of 20 dB: the loudness of a stream is never quite known
             sounds.append(self._float(self.sound[n, :, 4 * start : 4 * (start + frames)]) + loudness)
             rows.append(n)
         sound = torch.stack(sounds).unsqueeze(1).clamp_min(-1.5)
-        condition = Condition(torch.stack(references), torch.stack(motions), self.text[rows], sound)
+        condition = Condition(torch.stack(references), torch.stack(motions), self.text[rows].to(sound.device), sound)
         return Sequence(torch.stack(latents), condition)
 
     @staticmethod
     def _float(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(array, dtype=np.float32))
+        return there(np.array(array, dtype=np.float32))
 
 
 def motion_of(still: Tensor) -> Tensor:
@@ -97,7 +103,7 @@ def padded(states: Tensor) -> Tensor:
 
 def video(frames: np.ndarray) -> Tensor:
     """uint8 [..., T, H, W, 3] -> [..., 3, T, H, W] in [-1, 1]."""
-    return torch.from_numpy(frames).movedim(-1, -4).float() / 127.5 - 1
+    return there(frames).movedim(-1, -4).float() / 127.5 - 1
 
 
 def features(sound: np.ndarray, frames: int) -> Tensor:
@@ -109,7 +115,7 @@ def features(sound: np.ndarray, frames: int) -> Tensor:
 @torch.inference_mode()
 def encode(vae: VideoVAE, made: Clip) -> tuple[Tensor, Tensor]:
     """Latents of the video after its first frames, and of the still."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_precision():
         moving = vae.encode(video(made.frames_uint8)[None])[0]
         still = vae.encode(video(made.still[None]).expand(-1, STILL_FRAMES, -1, -1)[None])[0]
     return moving[:, -LATENTS:], still
@@ -125,11 +131,12 @@ def write(vae: VideoVAE, out: Path, seeds: range, *, held_out: bool = False) -> 
         for name, shape in shapes.items()
     }
     for i, seed in enumerate(seeds):
-        made = clip(seed, FRAMES, held_out=held_out)
+        with torch.device("cpu"):
+            made = clip(seed, FRAMES, held_out=held_out)
+            sound = features(made.sound, FRAMES)[:, BEFORE:]
         latents, still = encode(vae, made)
-        sound = features(made.sound, FRAMES)[:, BEFORE:]
         for name, value in (("latents", latents), ("stills", still), ("sound", sound)):
-            arrays[name][i] = value.numpy()
+            arrays[name][i] = value.cpu().numpy()
         prompts.append(made.prompt)
         if i % 50 == 49:
             print(f"{i + 1} of {len(seeds)} clips", flush=True)
@@ -144,6 +151,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--first", type=int, default=0, help="seed of the first clip")
     parser.add_argument("--count", type=int, default=2000)
+    add_device(parser)
     parser.add_argument("--held-out", action="store_true")
     given = parser.parse_args()
     vae = VideoVAE(VAE)

@@ -20,14 +20,16 @@ from torch import Tensor
 
 from distill.data import Examples, Sequence
 from distill.flow import SCHEDULE, Flow, flow_loss, mixed, random_distances, rollout, shifted
+from distill.muon import Optimisers
 from distill.pretrain import random_span, sequences
-from distill.run import Average, Recipe, Run, load_average, run_program
+from distill.run import Average, Recipe, Run, fast_precision, load_average, run_program, there
 from distill.toon import DIT
 from distill.video_dit import Span, VideoDiT
 from liverelay.engine.models.sampler import TRAIN_STEPS
 
 EXITS = (0.3, 0.3, 0.35, 0.05)  # how often a rollout ends at a step; the last step changes next to nothing
 FAKE_STEPS = 4  # of the fake score for one of the student
+FAKE_RATE = 4.0  # its learning rate beside the student's: it must follow
 
 
 def sample(student: Flow, rng: np.random.Generator, given: Sequence, span: Span, *, train: bool) -> Tensor:
@@ -70,8 +72,8 @@ def train(examples: Examples, out: Path, recipe: Recipe, teacher_run: Path, stud
     student.load_state_dict(load_average(student_run))
     teacher.requires_grad_(False)
     optimisers = {
-        name: torch.optim.AdamW(model.parameters(), recipe.rate, betas=(0.0, 0.99), weight_decay=0.0)
-        for name, model in (("student", student), ("fake", fake))
+        "student": Optimisers(student, recipe.rate, momentum=0.0),  # its target moves away from it
+        "fake": Optimisers(fake, FAKE_RATE * recipe.rate),
     }
     average = Average(student, 0.99)
     run = Run(out, minutes=recipe.minutes, seed=recipe.seed)
@@ -85,8 +87,8 @@ def train(examples: Examples, out: Path, recipe: Recipe, teacher_run: Path, stud
             span = random_span(rng, recipe.batch, True, recipe.corruption)
             given = sequences(examples, rng, recipe.batch, span)
             name = "student" if turn == FAKE_STEPS else "fake"
-            sigma = shifted(torch.from_numpy(rng.uniform(0.02, 0.98, recipe.batch).astype(np.float32)))
-            with torch.autocast("cpu", torch.bfloat16):
+            sigma = shifted(there(rng.uniform(0.02, 0.98, recipe.batch).astype(np.float32)))
+            with fast_precision():
                 clean = sample(student, rng, given, span, train=name == "student")
                 if name == "student":
                     loss = matching_loss(clean, teacher, fake, given, whole(span), sigma)
@@ -95,7 +97,6 @@ def train(examples: Examples, out: Path, recipe: Recipe, teacher_run: Path, stud
             loss.backward()
             torch.nn.utils.clip_grad_norm_((student if name == "student" else fake).parameters(), 1.0)
             optimisers[name].step()
-            optimisers[name].zero_grad()
             sums["matching" if name == "student" else "fake"] += float(loss.detach())
         average.update(student, step)
         if step % 20 == 19:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.run import there
 from distill.video_dit import Condition, Span, VideoDiT
 from liverelay.engine.models.sampler import TRAIN_STEPS, make_schedule
 
@@ -31,21 +32,27 @@ def shifted(uniform: Tensor, shift: float = 3.0) -> Tensor:
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
-def flow_loss(model: Flow, clean: Tensor, sigma: Tensor, condition: Condition, span: Span) -> Tensor:
-    """Mean square error of the flow at these noise levels."""
+def flow_loss(
+    model: Flow, clean: Tensor, sigma: Tensor, condition: Condition, span: Span, places: Tensor | None = None
+) -> Tensor:
+    """Mean square error of the flow at these noise levels.
+
+    places [h, w]: weights of the picture's places; what the model tends to is the same for any, how fast is not.
+    """
     noise = torch.randn_like(clean)
     flow = model(mixed(clean, noise, sigma), TRAIN_STEPS * sigma, condition, span)
-    return (flow - (noise - clean)).square().mean()
+    error = (flow - (noise - clean)).square()
+    return (error if places is None else error * places).mean()
 
 
 def random_starts(rng: np.random.Generator, count: int, blocks: int) -> Tensor:
     """Where in a stream sequences lie: at its start, or anywhere in the first hours, near ones more often."""
     far = 3 * np.exp(rng.uniform(np.log(4), np.log(FARTHEST / 3 - blocks), count)).astype(np.int64)
-    return torch.from_numpy(np.where(rng.random(count) < 0.4, 0, far))
+    return there(np.where(rng.random(count) < 0.4, 0, far))
 
 
 def random_distances(rng: np.random.Generator, count: int, blocks: int) -> Tensor:
-    return torch.from_numpy(rng.integers(4, 31, (count, blocks)))
+    return there(rng.integers(4, 31, (count, blocks)))
 
 
 def rollout(

@@ -15,35 +15,44 @@ from torch import Tensor
 
 from distill.data import Examples, Sequence
 from distill.flow import SCHEDULE, flow_loss, random_distances, random_starts, shifted
-from distill.run import Average, Recipe, Run, cosine, load_average, run_program
+from distill.muon import Optimisers
+from distill.run import Average, Recipe, Run, cosine, fast_precision, load_average, run_program, there
 from distill.toon import DIT
 from distill.video_dit import Span, VideoDiT
 
 BLOCKS = 5
+SHORT = 3  # times as many rows in a step of single blocks: more people for the same work
+
+
+def layout(step: int, batch: int) -> tuple[int, int]:
+    """Rows and blocks of a teacher's step: mostly single blocks, in which everything but time can be learned."""
+    return (batch, BLOCKS) if step % 4 == 3 else (SHORT * batch, 1)
 
 
 def noise_levels(rng: np.random.Generator, count: int, causal: bool) -> Tensor:
     """Anywhere; for a student half of them are those of its steps."""
-    anywhere = shifted(torch.from_numpy(rng.random(count, dtype=np.float32)))
+    anywhere = shifted(there(rng.random(count, dtype=np.float32)))
     if not causal:
         return anywhere
-    steps = torch.tensor(SCHEDULE.sigmas[:-1])[torch.from_numpy(rng.integers(0, 4, count))]
-    return torch.where(torch.from_numpy(rng.random(count)) < 0.5, anywhere, steps)
+    steps = torch.tensor(SCHEDULE.sigmas[:-1])[there(rng.integers(0, 4, count))]
+    return torch.where(there(rng.random(count)) < 0.5, anywhere, steps)
 
 
-def random_span(rng: np.random.Generator, count: int, causal: bool, corruption: float = 0.0) -> Span:
+def random_span(
+    rng: np.random.Generator, count: int, causal: bool, corruption: float = 0.0, blocks: int = BLOCKS
+) -> Span:
     """A teacher sees the whole sequence as one block; a student block by block, through a ring with a little noise."""
-    starts = random_starts(rng, count, BLOCKS)
+    starts = random_starts(rng, count, blocks)
     if not causal:
-        return Span(starts, random_distances(rng, count, 1), frames=3 * BLOCKS, ring=1)
+        return Span(starts, random_distances(rng, count, 1), frames=3 * blocks, ring=1)
     noise = corruption * float(rng.random()) if rng.random() < 0.5 else 0.0
-    return Span(starts, random_distances(rng, count, BLOCKS), corruption=noise)
+    return Span(starts, random_distances(rng, count, blocks), corruption=noise)
 
 
 def sequences(examples: Examples, rng: np.random.Generator, count: int, span: Span) -> Sequence:
     """Random pieces of clips; a stream past its first clip mostly has its replaced sink."""
-    replaced = (span.start > 0) & (torch.from_numpy(rng.random(count)) < 0.75)
-    return examples.sample(rng, count, 3 * BLOCKS, replaced)
+    replaced = (span.start > 0) & (there(rng.random(count)) < 0.75)
+    return examples.sample(rng, count, span.frames * span.distance.shape[1], replaced)
 
 
 def train(examples: Examples, out: Path, recipe: Recipe, begin: Path | None = None) -> None:
@@ -53,23 +62,21 @@ def train(examples: Examples, out: Path, recipe: Recipe, begin: Path | None = No
     model = VideoDiT(DIT)
     if begin is not None and not (out / "state.pt").exists():
         model.load_state_dict(load_average(begin))
-    optimiser = torch.optim.AdamW(model.parameters(), recipe.rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimiser = Optimisers(model, recipe.rate)
     average = Average(model, 0.999)
     run = Run(out, minutes=recipe.minutes, seed=recipe.seed)
     run.keep(model=model, optimiser=optimiser, average=average)
-    total = 0.0
+    places, total = examples.liveliness(), 0.0
     for step in run.steps(recipe.steps):
         rng = np.random.default_rng([recipe.seed, causal, step])
-        span = random_span(rng, recipe.batch, causal, recipe.corruption)
-        given = sequences(examples, rng, recipe.batch, span)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = flow_loss(model, given.latents, noise_levels(rng, recipe.batch, causal), given.condition, span)
+        batch, blocks = (recipe.batch, BLOCKS) if causal else layout(step, recipe.batch)
+        span = random_span(rng, batch, causal, recipe.corruption, blocks)
+        given = sequences(examples, rng, batch, span)
+        with fast_precision():
+            loss = flow_loss(model, given.latents, noise_levels(rng, batch, causal), given.condition, span, places)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.rate * cosine(step, recipe.steps)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimiser.step(recipe.rate * cosine(step, recipe.steps))
         average.update(model, step)
         total += float(loss.detach())
         if step % 50 == 49:
@@ -82,7 +89,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder written by dataset latents")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--from", dest="begin", type=Path, help="the teacher's run: train a causal student")
-    Recipe.add(parser, steps=20000, batch=4, rate=1e-3)
+    Recipe.add(parser, steps=6000, batch=4, rate=2e-3)
     given = parser.parse_args()
     train(Examples.open(given.data), given.out, Recipe.of(given), given.begin)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from distill.clips import VOCABULARY, Clip, clip
 from distill.data import BEFORE, FRAMES, LATENTS, encode, features, motion_of, padded
 from distill.flow import many_steps, random_distances, rollout
-from distill.run import load_average, run_program
+from distill.run import fast_precision, load_average, run_program, there
 from distill.toon import DIT, VAE, text_encoder
 from distill.video_dit import Condition, Span, VideoDiT
 from distill.video_vae import VideoVAE
@@ -38,7 +38,7 @@ def condition_of(vae: VideoVAE, made: Clip, states: Tensor) -> Condition:
 def sample(model: VideoDiT, condition: Condition, rng: np.random.Generator, *, teacher: bool, steps: int) -> Tensor:
     """Clean latents [1, 16, F, h, w] from the start of a stream."""
     shape = (1, DIT.in_channels, LATENTS, *condition.reference.shape[3:])
-    noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+    noise = there(rng.standard_normal(shape, dtype=np.float32))
     start = torch.zeros(1, dtype=torch.long)
     if teacher:
         span = Span(start, random_distances(rng, 1, 1), frames=LATENTS, ring=1)
@@ -50,7 +50,7 @@ def sample(model: VideoDiT, condition: Condition, rng: np.random.Generator, *, t
 def decoded(vae: VideoVAE, condition: Condition, latents: Tensor) -> np.ndarray:
     """Frames uint8 [4 F, H, W, 3], the decoder primed with the still picture as in the engine."""
     video = vae.decode(torch.cat([condition.motion[:, :, :7], latents], dim=2))[0, :, -4 * latents.shape[2] :]
-    frames: np.ndarray = ((video.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 3, 0).numpy()
+    frames: np.ndarray = ((video.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 3, 0).cpu().numpy()
     return frames
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     rows = []
     for i in range(given.count):
         made = clip(given.seed + i, FRAMES, held_out=True)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             condition = condition_of(vae, made, encoder.encode(made.prompt))
             rng = np.random.default_rng([given.seed, i])
             latents = sample(model, condition, rng, teacher=given.teacher, steps=given.steps)

@@ -15,7 +15,7 @@ from liverelay.engine.models.vae_config import VAEConfig
 SIZE = 128  # pixels, both ways
 BANDS = 40
 DIT = DiTConfig(
-    dim=192, ffn_dim=768, num_heads=3, num_layers=6, audio_inject_layers=(0, 2, 4), text_dim=32, text_len=16,
+    dim=128, ffn_dim=512, num_heads=2, num_layers=6, audio_inject_layers=(0, 2, 4), text_dim=32, text_len=16,
     audio_dim=BANDS, audio_states=1,
 )  # fmt: skip
 VAE = VAEConfig(base_dim=8, num_res_blocks=1)

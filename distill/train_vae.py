@@ -19,15 +19,16 @@ from torch import Tensor
 from distill.identity import Identity
 from distill.motion import random_motion
 from distill.portrait import render
-from distill.run import Average, Run, cosine, load_average, run_program
+from distill.run import Average, Run, add_device, cosine, fast_precision, load_average, run_program, there
 from distill.toon import SIZE, VAE
 from distill.video_vae import VideoVAE
 
 
 def loss_of(model: VideoVAE, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """video [B, 3, T, H, W]; noise like the latents. Returns loss, mean absolute error, mean square of the latents."""
-    with torch.autocast(video.device.type, torch.bfloat16):
-        latents = model.encode(video)
+    with fast_precision():
+        with torch.set_grad_enabled(model.encoder.training):
+            latents = model.encode(video)
         out = model.decode(latents + noise)
     error = (out - video).abs()
     # What moves matters more than what stands: eyes and mouth are some hundred pixels.
@@ -48,7 +49,7 @@ def crops(pixels: np.ndarray, rng: np.random.Generator, *, batch: int, frames: i
         y, x = (8 * rng.integers((side - size) // 8 + 1) for side in pixels.shape[2:4])
         piece = pixels[n, t : t + frames, y : y + size, x : x + size]
         taken.append(piece[:, :, ::-1] if rng.random() < 0.5 else piece)
-    video = torch.from_numpy(np.stack(taken)).permute(0, 4, 1, 2, 3)
+    video = there(np.stack(taken)).permute(0, 4, 1, 2, 3)
     return video.float() / 127.5 - 1
 
 
@@ -63,14 +64,20 @@ def piece(step: int, images: int) -> dict[str, int]:
 
 
 def train(
-    pixels: np.ndarray, out: Path, *, images: int, steps: int, minutes: float, seed: int, start: Path | None = None
-) -> None:
-    """images: how many of the steps, the first ones, see single pictures; start: weights of an earlier `finish`."""
+    pixels: np.ndarray, out: Path, *, images: int, steps: int, minutes: float, seed: int, rate: float = 3e-3,
+    start: Path | None = None, decoder_only: bool = False,
+) -> None:  # fmt: skip
+    """images: how many of the steps, the first ones, see single pictures; start: weights of an earlier `finish`;
+    decoder_only: latents stay as they are, so that what was trained on them goes on being right."""
     torch.manual_seed(seed)
     model = VideoVAE(VAE)
     if start is not None:
         model.load_state_dict(load_file(start))
-    optimiser = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.98), weight_decay=1e-4)
+    if decoder_only:
+        for part in (model.encoder, model.conv1):
+            part.eval().requires_grad_(False)
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    optimiser = torch.optim.AdamW(learned, rate, betas=(0.9, 0.98), weight_decay=1e-4)
     average = Average(model, 0.998)
     run = Run(out, minutes=minutes, seed=seed)
     run.keep(model=model, optimiser=optimiser, average=average)
@@ -78,12 +85,12 @@ def train(
         rng = np.random.default_rng([seed, step])
         video = crops(pixels, rng, **piece(step, images))
         latent = (len(video), VAE.z_dim, (video.shape[2] + 3) // 4, video.shape[3] // 8, video.shape[4] // 8)
-        noise = 0.1 * torch.from_numpy(rng.standard_normal(latent, dtype=np.float32))
+        noise = 0.1 * there(rng.standard_normal(latent, dtype=np.float32))
         loss, error, size = loss_of(model, video, noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimiser.param_groups:
-            group["lr"] = 3e-3 * cosine(step, steps)
+            group["lr"] = rate * cosine(step, steps)
         optimiser.step()
         optimiser.zero_grad()
         average.update(model, step)
@@ -96,8 +103,8 @@ def whiten(model: VideoVAE, pixels: np.ndarray, count: int = 100) -> None:
     """Change the convolutions around the latents so that each channel has mean 0 and variance 1 over these clips."""
     codes = []
     for i in range(0, len(pixels), max(1, len(pixels) // count)):
-        video = torch.from_numpy(np.array(pixels[i])).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        video = there(np.array(pixels[i])).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        with fast_precision():
             codes.append(model.encode(video)[0, :, 1:].flatten(1))
     coded = torch.cat(codes, dim=1)
     shift, scale = coded.mean(1), coded.std(1)
@@ -110,12 +117,13 @@ def whiten(model: VideoVAE, pixels: np.ndarray, count: int = 100) -> None:
     out.bias += matrix @ (shift * std + mean - scale * mean)
 
 
-def finish(folder: Path, pixels: np.ndarray) -> Path:
-    """Write the averaged weights with whitened latents, `vae.safetensors`."""
+def finish(folder: Path, pixels: np.ndarray, *, whitened: bool = True) -> Path:
+    """Write the averaged weights, with whitened latents or with those of training, `vae.safetensors`."""
     model = VideoVAE(VAE)
     model.load_state_dict(load_average(folder))
     model.requires_grad_(False)
-    whiten(model, pixels)
+    if whitened:
+        whiten(model, pixels)
     path = folder / "vae.safetensors"
     save_file({name: weight.bfloat16().contiguous() for name, weight in model.state_dict().items()}, path)
     return path
@@ -148,16 +156,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=6000, help="steps on single pictures, the first ones")
     parser.add_argument("--steps", type=int, default=12000, help="steps in all")
+    add_device(parser)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--start", type=Path, help="weights to begin with, as this program writes them")
+    parser.add_argument("--decoder-only", action="store_true", help="keep the latents of --start")
+    parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate (0.003)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if not given.pixels.exists():
-        render_clips(given.pixels)
+        with torch.device("cpu"):
+            render_clips(given.pixels)
     pixels = np.load(given.pixels, mmap_mode="r")
     train(pixels, given.out, images=given.images, steps=given.steps, minutes=given.minutes, seed=given.seed,
-          start=given.start)
-    print(finish(given.out, pixels))
+          rate=given.rate, start=given.start, decoder_only=given.decoder_only)
+    print(finish(given.out, pixels, whitened=not given.decoder_only))
 
 
 if __name__ == "__main__":

@@ -116,14 +116,10 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """[B, T, H, d] over [B, n, H, d] -> [B, T, H * d]; mask: added to the scores.
-
-    Written out: at a few hundred tokens on a CPU twice as fast as PyTorch's fused attention, forth and back.
-    """
-    q, k, v = (part.transpose(1, 2) for part in (q * q.shape[-1] ** -0.5, k, v))
-    scores = q @ k.transpose(2, 3)
-    y = torch.softmax(scores if mask is None else scores + mask.to(scores.dtype), dim=-1).to(v.dtype) @ v
-    return y.transpose(1, 2).flatten(2)
+    """[B, T, H, d] over [B, n, H, d] -> [B, T, H * d]; mask: added to the scores."""
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    mask = None if mask is None else mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class Layer(nn.Module):
@@ -311,7 +307,7 @@ class VideoDiT(nn.Module):
         for name, (first, count, _, stride, times) in zip(("proj", "proj_2x", "proj_4x"), MOTION_BUCKETS, strict=True):
             part = condition.motion[:, :, first : first + count]
             tokens.append(self.frame_packer[name](part).flatten(2).transpose(1, 2) + mask[2])
-            places = (torch.from_numpy(coarse_positions(side, side // stride)) for side in (rows, cols))
+            places = (torch.as_tensor(coarse_positions(side, side // stride)).to(part) for side in (rows, cols))
             tables.append(rope(torch.tensor(times), *places, self.config.head_dim))
         motion = tuple(torch.cat([table[i] for table in tables]) for i in range(2))
         x = torch.cat(tokens, dim=1)

@@ -92,6 +92,11 @@ class CheckpointFiles:
         return MergedSource(base, TensorSource([self.lora]), device=device, what=str(self.lora)), config
 
 
+def bundled_names() -> list[str]:
+    """Small checkpoints that come with the package; `find_checkpoint` takes their names."""
+    return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
+
+
 def find_checkpoint(folder: Path, lora: Path | str | None = None) -> CheckpointFiles:
     """Locate the parts. `folder` is the base model's folder, or one that holds it, or the name of a bundled model.
 
@@ -101,7 +106,8 @@ def find_checkpoint(folder: Path, lora: Path | str | None = None) -> CheckpointF
     if not folder.is_dir() and len(folder.parts) == 1 and (BUNDLED / folder / "config.json").is_file():
         folder = BUNDLED / folder
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json and the weights")
+        bundled = "".join(f", or {name} for the bundled model" for name in bundled_names())
+        raise CheckpointError(f"{folder} is not a folder; give the one with config.json and the weights{bundled}")
     base = folder
     if not (folder / "config.json").is_file():
         inner = sorted(

@@ -222,9 +222,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print the report as json")
     inspect.set_defaults(command=_inspect)
 
-    make = commands.add_parser("make-checkpoint", help="write a small random checkpoint in the published layout")
+    make = commands.add_parser("make-checkpoint", help="write a small checkpoint in the published layout")
     make.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
-    make.add_argument("--preset", default="tiny", help="which sizes (tiny)")
+    make.add_argument("--preset", default="tiny", help="random weights: tiny, small; trained: toon (tiny)")
     make.add_argument("--seed", type=int, default=0)
     make.set_defaults(command=_make_checkpoint)
 

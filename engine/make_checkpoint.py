@@ -1,6 +1,7 @@
-"""`liverelay make-checkpoint`: a small random checkpoint in exactly the published layout, to build and test with.
+"""`liverelay make-checkpoint`: a small checkpoint in exactly the published layout, to build and test with.
 
-Its video is moving noise; what it shows is that every file is read and every stage runs.
+With random weights its video is moving noise: what it shows is that every file is read and every stage runs. The
+bundled models are copied.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from liverelay.engine.checkpoint import DIT_STEM, LORA_FOLDERS, CheckpointFiles
+from liverelay.engine.checkpoint import BUNDLED, DIT_STEM, LORA_FOLDERS, CheckpointFiles, bundled_names
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.errors import InputError, MissingExtraError, OutputError
 from liverelay.engine.media import part_path
@@ -51,26 +52,25 @@ PRESETS = {
 
 
 def make_checkpoint(out: Path, *, preset: str = "tiny", seed: int = 0) -> Path:
-    """Write a random checkpoint to a new folder `out`; the same seed gives the same files. Returns `out`.
+    """Write a checkpoint to a new folder `out`: random, the same files for the same seed, or a copy of a bundled model.
+    Returns `out`.
 
     InputError for an unknown preset; OutputError when `out` exists and is not empty, or cannot be written.
     """
-    if preset not in PRESETS:
-        raise InputError(f"unknown preset '{preset}'; choose one of {', '.join(PRESETS)}")
+    bundled = bundled_names()
+    if preset not in PRESETS and preset not in bundled:
+        raise InputError(f"unknown preset '{preset}'; choose one of {', '.join([*PRESETS, *bundled])}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists already; give a new folder")
     if not out.absolute().parent.is_dir():
         raise OutputError(f"cannot write {out}: the folder {out.parent} does not exist")
     part = part_path(out.absolute())
-    sizes, generator = PRESETS[preset], torch.Generator().manual_seed(seed & (1 << 63) - 1)
     try:
-        part.mkdir()
-        files = CheckpointFiles(part, None)
-        _write_dit(files, sizes, generator)
-        torch.save(_vae_weights(sizes, generator), files.vae)
-        torch.save(_text_weights(sizes, generator), files.text)
-        _write_tokenizer(files.tokenizer)
-        _write_audio(files.audio, sizes, seed)
+        if preset in bundled:
+            shutil.copytree(BUNDLED / preset, part)
+        else:
+            part.mkdir()
+            _write_random(CheckpointFiles(part, None), PRESETS[preset], seed)
         if out.exists():
             out.rmdir()
         os.replace(part, out)
@@ -79,6 +79,15 @@ def make_checkpoint(out: Path, *, preset: str = "tiny", seed: int = 0) -> Path:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out
+
+
+def _write_random(files: CheckpointFiles, sizes: Preset, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed & (1 << 63) - 1)
+    _write_dit(files, sizes, generator)
+    torch.save(_vae_weights(sizes, generator), files.vae)
+    torch.save(_text_weights(sizes, generator), files.text)
+    _write_tokenizer(files.tokenizer)
+    _write_audio(files.audio, sizes, seed)
 
 
 def _normal(shape: tuple[int, ...], scale: float, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from torch import Tensor
 from distill import dmd, pretrain, train_vae
 from distill.data import LATENTS, Examples
 from distill.dmd import matching_loss, whole
-from distill.flow import many_steps, mixed
-from distill.pretrain import random_span, sequences
+from distill.flow import flow_loss, many_steps, mixed
+from distill.muon import orthogonal
+from distill.pretrain import noise_levels, random_span, sequences
 from distill.run import Average, Recipe, Run, cosine, load_average
 from distill.toon import BANDS, DIT, VAE
-from distill.video_dit import Condition, Span
+from distill.video_dit import Condition, Span, VideoDiT
 from distill.video_vae import VideoVAE
 
 RECIPE = Recipe(steps=4, minutes=5, batch=2, rate=1e-3, seed=3)
@@ -151,6 +153,16 @@ def test_training_begins_with_finished_weights(clips: np.ndarray, tmp_path: Path
     assert torch.equal(torch.cat([got[name].flatten() for name in load_file(finished)]), want)
 
 
+def test_a_decoder_is_trained_alone_and_its_latents_stay(clips: np.ndarray, tmp_path: Path) -> None:
+    train_vae.train(clips, tmp_path / "first", images=1, steps=1, minutes=5, seed=1)
+    start = load_file(train_vae.finish(tmp_path / "first", clips))
+    train_vae.train(clips, tmp_path / "next", images=0, steps=1, minutes=5, seed=2,
+                    rate=0.5, start=tmp_path / "first" / "vae.safetensors", decoder_only=True)  # fmt: skip
+    done = load_file(train_vae.finish(tmp_path / "next", clips, whitened=False))
+    same = {name.split(".")[0] for name in done if torch.equal(done[name], start[name])}
+    assert {name.split(".")[0] for name in done} - same == {"decoder", "conv2"}, same
+
+
 @torch.no_grad()
 def test_whitened_latents_give_the_same_video(clips: np.ndarray) -> None:
     model = VideoVAE(VAE).requires_grad_(False)
@@ -165,6 +177,52 @@ def test_whitened_latents_give_the_same_video(clips: np.ndarray) -> None:
         for clip in clips
     ], dim=1)  # fmt: skip
     assert float(codes.mean(1).abs().max()) < 0.05 and float((codes.std(1) - 1).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (32, 96), (96, 32)])
+def test_an_orthogonal_update_has_equal_singular_values(shape: tuple[int, int], rng: torch.Generator) -> None:
+    matrix = torch.randn(shape, generator=rng)
+    values = torch.linalg.svdvals(orthogonal(matrix))
+    assert float(values.min()) > 0.5 and float(values.max()) < 1.3, values
+    assert float((orthogonal(matrix) * matrix).sum()) > 0
+
+
+def test_places_that_move_more_weigh_more(examples: Examples, numbers: np.random.Generator) -> None:
+    still = examples.latents[:, :, :1].repeat(LATENTS, axis=2)
+    still[..., 2, 3] = examples.latents[..., 2, 3]
+    places = replace(examples, latents=still).liveliness()
+    assert int(places.argmax()) == 2 * 8 + 3 and float(places.min()) == pytest.approx(0.3)
+    clean, sigma = torch.randn(1, 1, 1, 8, 8), torch.tensor([0.5])
+    losses = []
+    for at in ((2, 3), (0, 0)):
+
+        def model(noisy: Tensor, *_: object, at: tuple[int, int] = at) -> Tensor:
+            flow = 2 * (noisy - clean)  # the right one for sigma 0.5, wrong at one place
+            flow[..., at[0], at[1]] += 1
+            return flow
+
+        losses.append(float(flow_loss(model, clean, sigma, None, None, places)))  # type: ignore[arg-type]
+    assert losses[0] > 10 * losses[1]
+
+
+def test_training_computes_where_it_is_told(
+    examples: Examples, numbers: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device, which refuses tensors of the CPU: everything that a step makes lies on one device."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know that device
+    torch.set_default_device("meta")
+    try:
+        student = VideoDiT(DIT)
+        for causal in (False, True):
+            span = random_span(numbers, 2, causal)
+            given = sequences(examples, numbers, 2, span)
+            flow_loss(student, given.latents, noise_levels(numbers, 2, causal), given.condition, span).backward()
+        clean = dmd.sample(student, numbers, given, span, train=True)
+        sigma = noise_levels(numbers, 2, False)
+        matching_loss(clean, student, student, given, whole(span), sigma).backward()
+    finally:
+        torch.set_default_device(None)
+    assert student.head.head.weight.grad is not None
 
 
 def test_an_average_follows_its_model() -> None:
@@ -195,5 +253,5 @@ def test_a_missing_file_is_one_line(program: str, tmp_path: Path) -> None:
 
 def test_the_rate_rises_and_falls() -> None:
     factors = [cosine(step, 1000) for step in range(1000)]
-    assert max(factors) == pytest.approx(1, abs=1e-3) and factors[0] < 0.01 and factors[-1] < 0.06
-    assert factors.index(max(factors)) in range(195, 210)
+    assert max(factors) == pytest.approx(1, abs=1e-3) and factors[0] < 0.02 and factors[-1] < 0.06
+    assert factors.index(max(factors)) in range(95, 110)
