@@ -43,9 +43,7 @@ NO_C = the compiled module was not built (it needs a C++ compiler, cmake, ninja 
 
 demo: setup
 	@mkdir -p demo
-	@test -d demo/checkpoint || $(RUN) -m liverelay.engine make-checkpoint --out demo/checkpoint
-	@$(RUN) -m liverelay.engine generate --checkpoint demo/checkpoint --image samples/portrait.png \
-	  --audio samples/speech.wav --prompt "A friendly person talks to the camera." --max-area 192x128 \
+	@$(RUN) -m liverelay.engine generate --checkpoint toon --image samples/toon.png --audio samples/speech.wav \
 	  --out demo/demo.mp4 --contact-sheet demo/demo.png
 
 test: setup

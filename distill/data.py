@@ -66,7 +66,7 @@ class Examples:
         """How much more than elsewhere the videos move at a place, [h, w], mean 1: the mouth is a few of its cells."""
         some = self._float(self.latents[:: max(1, len(self) // 200)])
         moving = some.var(dim=2).mean(dim=(0, 1))
-        return (moving / moving.mean()).clamp(0.3, 5.0)
+        return (moving / moving.mean()).clamp(0.5, 4.0)
 
     def sample(self, rng: np.random.Generator, count: int, frames: int, replaced: Tensor) -> Sequence:
         """Random pieces of `frames` latents; replaced [B]: whose sink is a latent of the video instead of the still."""

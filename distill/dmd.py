@@ -23,6 +23,7 @@ from distill.flow import SCHEDULE, Flow, flow_loss, mixed, random_distances, rol
 from distill.muon import Optimisers
 from distill.pretrain import random_span, sequences
 from distill.run import Average, Recipe, Run, fast_precision, load_average, run_program, there
+from distill.sample import Drawing
 from distill.toon import DIT
 from distill.video_dit import Span, VideoDiT
 from liverelay.engine.models.sampler import TRAIN_STEPS
@@ -80,6 +81,7 @@ def train(examples: Examples, out: Path, recipe: Recipe, teacher_run: Path, stud
     run.keep(
         model=student, fake=fake, average=average, optimiser=optimisers["student"], fake_optimiser=optimisers["fake"]
     )
+    draw = Drawing(recipe)
     sums = {"matching": 0.0, "fake": 0.0}
     for step in run.steps(recipe.steps):
         rng = np.random.default_rng([recipe.seed, 2, step])
@@ -102,6 +104,7 @@ def train(examples: Examples, out: Path, recipe: Recipe, teacher_run: Path, stud
         if step % 20 == 19:
             run.log(matching=sums["matching"] / 20, fake=sums["fake"] / 20 / FAKE_STEPS)
             sums = dict.fromkeys(sums, 0.0)
+        draw(run, step, average, teacher=False)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from distill.clips import VOCABULARY
 from distill.run import load_average, run_program
-from distill.toon import DIT, write_front_ends
+from distill.toon import DIT, SIZE, write_front_ends
 from liverelay.engine.checkpoint import DIT_STEM
 from liverelay.engine.make_checkpoint import published_config
 from liverelay.engine.models.weights import save_tensors
@@ -20,7 +20,8 @@ from liverelay.engine.models.weights import save_tensors
 def export(dit: dict[str, torch.Tensor], vae: dict[str, torch.Tensor], out: Path) -> None:
     """Write all parts to the folder `out`, weights in bfloat16."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(published_config(DIT), indent=2) + "\n")
+    config = published_config(DIT) | {"video_size": [SIZE, SIZE]}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name, weights in ((DIT_STEM, dit), ("Wan2.1_VAE", vae)):
         tensors = {key: weight.bfloat16().contiguous() for key, weight in weights.items()}
         save_tensors(out / f"{name}.safetensors", tensors)

@@ -17,6 +17,7 @@ from distill.data import Examples, Sequence
 from distill.flow import SCHEDULE, flow_loss, random_distances, random_starts, shifted
 from distill.muon import Optimisers
 from distill.run import Average, Recipe, Run, cosine, fast_precision, load_average, run_program, there
+from distill.sample import Drawing
 from distill.toon import DIT
 from distill.video_dit import Span, VideoDiT
 
@@ -67,6 +68,7 @@ def train(examples: Examples, out: Path, recipe: Recipe, begin: Path | None = No
     run = Run(out, minutes=recipe.minutes, seed=recipe.seed)
     run.keep(model=model, optimiser=optimiser, average=average)
     places, total = examples.liveliness(), 0.0
+    draw = Drawing(recipe)
     for step in run.steps(recipe.steps):
         rng = np.random.default_rng([recipe.seed, causal, step])
         batch, blocks = (recipe.batch, BLOCKS) if causal else layout(step, recipe.batch)
@@ -82,6 +84,7 @@ def train(examples: Examples, out: Path, recipe: Recipe, begin: Path | None = No
         if step % 50 == 49:
             run.log(loss=total / 50)
             total = 0.0
+        draw(run, step, average, teacher=not causal)
 
 
 def main() -> None:

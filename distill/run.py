@@ -28,7 +28,8 @@ from liverelay.engine.errors import LiveRelayError
 class Recipe:
     """How long and how fast: steps in all, minutes of this call, clips a step, learning rate.
 
-    corruption: most noise on the keys and values of the history, relative to theirs; for causal models.
+    corruption: most noise on the keys and values of the history, relative to theirs; for causal models; vae: draws
+    grids of samples every grid_every steps, None: no grids.
     """
 
     steps: int
@@ -37,6 +38,8 @@ class Recipe:
     rate: float
     seed: int = 0
     corruption: float = 0.1
+    vae: Path | None = None
+    grid_every: int = 500
 
     @classmethod
     def add(cls, parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float) -> None:
@@ -47,11 +50,16 @@ class Recipe:
         parser.add_argument("--rate", type=float, default=rate, help=f"learning rate ({rate})")
         parser.add_argument("--seed", type=int, default=0)
         add_device(parser)
+        parser.add_argument("--vae", type=Path, help="vae.safetensors, to draw sample grids while training")
+        parser.add_argument("--grid-every", type=int, default=500, metavar="STEPS", help="(500)")
         parser.add_argument("--corruption", type=float, default=0.1, help="most noise on the history (0.1)")
 
     @classmethod
     def of(cls, given: argparse.Namespace) -> Recipe:
-        return cls(given.steps, given.minutes, given.batch, given.rate, given.seed, given.corruption)
+        return cls(
+            given.steps, given.minutes, given.batch, given.rate, given.seed, given.corruption, given.vae,
+            given.grid_every,
+        )  # fmt: skip
 
 
 class Run:
@@ -111,6 +119,11 @@ class Average(nn.Module):
         self.decay = decay
         for i, weight in enumerate(model.parameters()):
             self.register_buffer(str(i), weight.detach().clone())
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Give a model of the same form the averaged weights."""
+        with torch.no_grad():
+            torch._foreach_copy_(list(model.parameters()), list(self.buffers()))
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from liverelay.engine.errors import CheckpointError, InputError
+from liverelay.engine.models.geometry import check_size
 
 # Width and height whose area bounds the video's size when none is asked for (the published rule makes 704x384 of it).
 DEFAULT_MAX_SIZE = (720, 400)
@@ -47,9 +48,25 @@ def _count(published: Mapping[str, Any], name: str, default: int) -> int:
     return value
 
 
+def _video_size(given: Any) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    if not isinstance(given, list) or len(given) != 2 or not all(type(side) is int for side in given):
+        raise CheckpointError(f"config.json says video_size={given!r}; it must be [width, height] in pixels")
+    try:
+        check_size((given[0], given[1]))
+    except InputError as error:
+        raise CheckpointError(f"config.json says video_size={given!r}: {error}") from None
+    return given[0], given[1]
+
+
 @dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of the causal audio-driven video transformer (spec dit.md section 1)."""
+    """Sizes of the causal audio-driven video transformer (spec dit.md section 1).
+
+    video_size: (width, height) in pixels of the only videos that a small model was trained on, or None; ours, not
+    published.
+    """
 
     dim: int
     ffn_dim: int
@@ -65,6 +82,7 @@ class DiTConfig:
     cond_channels: int = 16
     num_audio_tokens: int = 4
     eps: float = 1e-6
+    video_size: tuple[int, int] | None = None
 
     @property
     def head_dim(self) -> int:
@@ -121,6 +139,7 @@ class DiTConfig:
             text_len=_count(published, "text_len", 512),
             num_audio_tokens=_count(published, "num_audio_token", 4),
             eps=float(eps),
+            video_size=_video_size(published.get("video_size")),
             **shown,
         )
         config.check()

@@ -119,7 +119,8 @@ class Engine:
 
         image: a path, a Pillow image or uint8 [H, W, 3]. audio: a path or float32 samples [n] at 16 kHz for the
         whole-file way (equal to the published one); None for a live session that is given sound by `push_audio`.
-        size: (width, height) in pixels, multiples of 64; None: the published rule under `max_area` pixels.
+        size: (width, height) in pixels, multiples of 64; None: the model's own size if it has but one and `max_area`
+        pixels are enough, else the published rule under `max_area` pixels.
         seed and session_id key all randomness. InputError for a picture, sound or size that cannot be used.
         """
         from liverelay.engine.session import Session
@@ -157,6 +158,9 @@ class Engine:
             raise InputError("the prompt must be a text")
         waveform = None if audio is None else as_waveform(audio)
         picture = as_image(image)
+        only = self.dit.config.video_size
+        if size is None and only is not None and only[0] * only[1] <= max_area:
+            size = only
         height, width = pick_size(picture.size, size, max_area)
         pixels = prepare_image(picture, (height, width)).to(self.vae.device, self.dit.dtype)
         with self.lock:

@@ -1,7 +1,7 @@
-"""Draws samples/portrait.png and speaks samples/speech.wav. Run from anywhere: python samples/make_samples.py
+"""Draws samples/portrait.png and samples/toon.png, speaks samples/speech.wav: python samples/make_samples.py
 
-Both are made from nothing but this file (drawing: Pillow; voice: the program espeak-ng), so they are free of anybody's
-likeness, voice or rights.
+All are made from nothing but this repository (drawing: Pillow, PyTorch; voice: the program espeak-ng), so they are free
+of anybody's likeness, voice or rights.
 """
 
 from __future__ import annotations
@@ -144,6 +144,16 @@ def draw_portrait(path: Path) -> None:
     c.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(path, optimize=True)
 
 
+def draw_toon(path: Path) -> None:
+    """A portrait as the bundled small model knows them (distill/), of a person it was not trained on."""
+    sys.path.insert(0, str(FOLDER.parent))
+    from distill.identity import Identity
+    from distill.portrait import render_still
+
+    person = Identity.random(np.random.default_rng([1, 9006]))
+    Image.fromarray(render_still(person, 256)).save(path, optimize=True)
+
+
 def speak(path: Path) -> None:
     """Two sentences with a pause between them, 16 kHz mono PCM 16."""
     import soundfile
@@ -169,4 +179,5 @@ def speak(path: Path) -> None:
 
 if __name__ == "__main__":
     draw_portrait(FOLDER / "portrait.png")
+    draw_toon(FOLDER / "toon.png")
     speak(FOLDER / "speech.wav")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from liverelay.engine import checkpoint as checkpoints
+from liverelay.engine import make_checkpoint
 from liverelay.engine.checkpoint import find_checkpoint
 from liverelay.engine.cli import main
 from liverelay.engine.engine import Engine
@@ -72,3 +73,34 @@ def test_a_transformer_is_held_to_its_front_end(copy: Path) -> None:
     with pytest.raises(CheckpointError, match="1 states of width 40"):
         Engine.load(copy, device="cpu")
     assert main(["inspect", str(copy), "--size", "64x64"]) == 0
+
+
+def with_video_size(folder: Path, value: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"video_size": value}))
+    return folder
+
+
+def test_a_model_of_one_size_makes_that_size_unless_another_is_asked_for(copy: Path) -> None:
+    engine = Engine.load(with_video_size(copy, [128, 64]), device="cpu")
+    picture = np.zeros((300, 200, 3), np.uint8)
+    for asked, size in (({}, (128, 64)), ({"size": (64, 64)}, (64, 64)), ({"max_area": 64 * 64}, (64, 64))):
+        with engine.open(picture, **asked) as session:
+            assert session.size == size
+
+
+@pytest.mark.parametrize("value", [[128], "128x128", [100, 128], [True, 128], [-64, 64]])
+def test_a_size_that_cannot_be_is_refused(copy: Path, value: object) -> None:
+    with pytest.raises(CheckpointError, match="video_size"):
+        Engine.load(with_video_size(copy, value), device="cpu")
+
+
+def test_a_bundled_checkpoint_is_copied(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (checkpoints, make_checkpoint):
+        monkeypatch.setattr(module, "BUNDLED", copy.parent)
+    assert main(["make-checkpoint", "--preset", "small", "--out", str(tmp_path / "random")]) == 0
+    assert main(["make-checkpoint", "--preset", "other", "--out", str(tmp_path / "new")]) == 1
+    copy.rename(copy.parent / "talker")
+    assert main(["make-checkpoint", "--preset", "talker", "--out", str(tmp_path / "new")]) == 0
+    for path in (tmp_path / "talker").rglob("*.safetensors"):
+        assert (tmp_path / "new" / path.relative_to(tmp_path / "talker")).read_bytes() == path.read_bytes()
