@@ -30,7 +30,7 @@ EXTRAS = {
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 # Voices for training data (distill/), which no user of the engine needs; libespeak-ng itself is under the GPL.
-EXTRAS["distill"] = ["espeakng-loader>=0.2.4", "Pillow>=10"]
+EXTRAS["distill"] = ["espeakng-loader>=0.2.4", *EXTRAS["text"], *EXTRAS["media"]]
 # The kernels are proven with the Triton that GPU machines have today; register counts differ between versions.
 EXTRAS["dev"] = [
     'triton==3.6.0; platform_system == "Linux"', "pytest>=8", "pytest-benchmark>=4", "ruff>=0.9", "mypy>=1.14",

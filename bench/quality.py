@@ -1,7 +1,7 @@
 """`python -m bench.quality --checkpoint DIR`: what a small talking cartoon model does, on people and speech held out.
 
-Each part prints a table with the goals beside the values, and controls: the renderer's own frames, the same blurred,
-and the same through the model's VAE say what each measure could reach.
+Each part prints a table with the goals beside the values. Controls say what a measure could reach: the renderer's own
+frames, and for lip sync the same blurred and through the model's VAE.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch  # noqa: E402
 
 from bench import quality_clips, quality_long, quality_pictures, quality_tables  # noqa: E402
 from bench.quality_options import Options  # noqa: E402
+from distill import espeak  # noqa: E402
 from liverelay.engine import LiveRelayError, media  # noqa: E402
 from liverelay.engine.arguments import number, positive  # noqa: E402
 from liverelay.engine.devices import check_device, default_device  # noqa: E402
@@ -52,8 +53,12 @@ class Report:
         self.results[self.part] = result
         if self.path is not None:
             part = media.part_path(self.path)
-            part.write_text(json.dumps(plain(self.results), indent=1) + "\n")
-            os.replace(part, self.path)
+            try:
+                part.write_text(json.dumps(plain(self.results), indent=1) + "\n")
+                os.replace(part, self.path)
+            except OSError as error:  # a stream of hours goes on
+                part.unlink(missing_ok=True)
+                print(f"cannot write {self.path}: {error.strerror}", file=sys.stderr)
 
 
 def plain(value: Any) -> Any:
@@ -121,7 +126,9 @@ def main() -> int:
             media.check_writable(given.json)
         if given.pictures:
             quality_pictures.prepare(given.pictures)
-        report = Report(given.json, {"checkpoints": given.checkpoint, "seed": given.seed, "frames": given.frames})
+        voices = "own synthesiser" if espeak.files() is None else "espeak-ng and own synthesiser"
+        facts = {"checkpoints": given.checkpoint, "seed": given.seed, "frames": given.frames, "voices": voices}
+        report = Report(given.json, facts)
         options = Options(
             checkpoints(given.checkpoint), device=check_device(given.device), dtype=DTYPES.get(given.dtype),
             clips=given.clips, frames=given.frames, seconds=given.seconds, people=given.people, seed=given.seed,

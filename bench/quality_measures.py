@@ -42,11 +42,11 @@ def silent(opening: Array) -> Array:
     return ~near(opening > SHUT, 4)
 
 
-def correlation(x: Array, y: Array) -> float:
-    """nan where there is too little to say."""
-    if len(x) < FEWEST or x.std() < 1e-6 or y.std() < 1e-6:
+def correlation(seen: Array, true: Array) -> float:
+    """nan where the truth says too little; 0 for what never changes although it should."""
+    if len(true) < FEWEST or true.std() < 1e-6:
         return math.nan
-    return float(np.corrcoef(x, y)[0, 1])
+    return 0.0 if seen.std() < 1e-6 else float(np.corrcoef(seen, true)[0, 1])
 
 
 def lag_curve(seen: Array, true: Array, where: Array) -> Array:
@@ -109,13 +109,17 @@ def _nanmean(values: Array) -> Array:
 
 
 def interval(values: Array, block: int = 1) -> dict[str, Any]:
-    """Mean with its bootstrap interval; `block` neighbours are drawn together. None where there are no values."""
+    """Mean with its interval: Student's for less than 20 values that are independent, else a bootstrap's, in which
+    `block` neighbours are drawn together. None where there are no values."""
     values = np.asarray(values, np.float64)
     values = values[~np.isnan(values)]
     if not len(values):
         return {"value": None, "low": None, "high": None, "count": 0}
-    means = _draw(values, block).mean(1)
-    low, high = np.percentile(means, (2.5, 97.5))
+    if 1 < len(values) < 20 and block == 1:
+        error = values.std(ddof=1) / math.sqrt(len(values)) * float(np.interp(1 / (len(values) - 1), *STUDENT))
+        low, high = values.mean() - error, values.mean() + error
+    else:
+        low, high = np.percentile(_draw(values, block).mean(1), (2.5, 97.5))
     return {"value": float(values.mean()), "low": float(low), "high": float(high), "count": len(values)}
 
 

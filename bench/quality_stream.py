@@ -24,7 +24,7 @@ PIECE_S = 8
 WINDOW = 5 * FPS  # frames
 SETTLED_S = 4.0  # before it the sink of the picture is in use: 4 blocks, and the ring that remembers them
 MARKS = (10, 100, 1000, 10_000)  # seconds
-KEPT = (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)  # seconds of which a frame is kept
+KEPT = (0, 1, 3, 10, 30, 100, 300, 990, 3000, 9_990)  # seconds of which a frame is kept
 
 
 class Talker(Protocol):

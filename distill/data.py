@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +17,26 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.clips import VOCABULARY, Clip, clip
-from distill.run import add_device, fast_precision, run_program, there
+from distill.motion import RATE
+from distill.run import add_device, fast_precision, load_weights, run_program, there
 from distill.toon import BANDS, DIT, SIZE, VAE, text_encoder
 from distill.video_dit import Condition
 from distill.video_vae import VideoVAE
+from liverelay.engine import media
+from liverelay.engine.errors import CheckpointError, OutputError
 from liverelay.engine.models.audio import normalise
-from liverelay.engine.models.audio_live import on_absolute_grid
+from liverelay.engine.models.audio_live import LiveAudio, on_absolute_grid
 from liverelay.engine.models.geometry import MOTION_LATENTS
 from liverelay.engine.models.log_mel import LogMel
 
 LATENTS = 18  # of a clip
 BEFORE = 9  # video frames before them: no latent is that of a first frame, as in the middle of a stream
 FRAMES = BEFORE + 4 * LATENTS
+SILENT = -1.5  # the least that log-mel features get
+UNKNOWN = "anything "  # is no word of the prompts
 STILL_FRAMES = 25  # of the 73 equal frames that the engine codes; later latents are as the last of these
 
 
@@ -54,8 +61,12 @@ class Examples:
     def open(cls, folder: Path) -> Examples:
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("latents", "stills", "sound")]
         prompts = json.loads((folder / "prompts.json").read_text())
+        if {len(values) for values in arrays} != {len(prompts)}:
+            raise CheckpointError(f"{folder} is not whole: make it again with distill.data")
         with tempfile.TemporaryDirectory() as temporary, torch.device("cpu"):
             encoder = text_encoder(list(VOCABULARY), Path(temporary))
+            # Words that are not known must not matter: half of the prompts without a colour are made of such.
+            prompts = [prompt or UNKNOWN * max(0, i % 16 - 7) for i, prompt in enumerate(prompts)]
             states = {prompt: padded(encoder.encode(prompt)) for prompt in sorted(set(prompts))}
         return cls(*arrays, torch.stack([states[prompt] for prompt in prompts]))
 
@@ -63,7 +74,7 @@ class Examples:
         return len(self.text)
 
     def liveliness(self) -> Tensor:
-        """How much more than elsewhere the videos move at a place, [h, w], mean 1: the mouth is a few of its cells."""
+        """How much more than elsewhere the videos move at a place, [h, w], about 1: the mouth is a few of its cells."""
         some = self._float(self.latents[:: max(1, len(self) // 200)])
         moving = some.var(dim=2).mean(dim=(0, 1))
         return (moving / moving.mean()).clamp(0.5, 4.0)
@@ -75,14 +86,15 @@ class Examples:
             n, start = int(rng.integers(len(self))), int(rng.integers(LATENTS - frames + 1))
             row = self._float(self.latents[n])
             still = motion_of(self._float(self.stills[n]))
-            place = int(rng.integers(LATENTS))
+            place = int(rng.choice([n for n in range(LATENTS) if not start <= n < start + frames]))
             latents.append(row[:, start : start + frames])
             references.append(torch.where(replaced[i], row[:, place : place + 1], still[:, :1]))
             motions.append(still)
             loudness = 0.15 * rng.standard_normal()  # in steps of 20 dB: the loudness of a stream is never quite known
-            sounds.append(self._float(self.sound[n, :, 4 * start : 4 * (start + frames)]) + loudness)
+            heard = self._float(self.sound[n, :, 4 * start : 4 * (start + frames)])
+            sounds.append(torch.where(heard > SILENT, heard + loudness, SILENT))
             rows.append(n)
-        sound = torch.stack(sounds).unsqueeze(1).clamp_min(-1.5)
+        sound = torch.stack(sounds).unsqueeze(1).clamp_min(SILENT)
         condition = Condition(torch.stack(references), torch.stack(motions), self.text[rows].to(sound.device), sound)
         return Sequence(torch.stack(latents), condition)
 
@@ -106,10 +118,19 @@ def video(frames: np.ndarray) -> Tensor:
     return there(frames).movedim(-1, -4).float() / 127.5 - 1
 
 
-def features(sound: np.ndarray, frames: int) -> Tensor:
-    """What the engine's front end makes of a clip's sound [n] at 16 kHz: [BANDS, frames]."""
+def features(sound: np.ndarray, frames: int, *, live: bool = False) -> Tensor:
+    """What the engine's front end makes of a clip's sound [n] at 16 kHz: [BANDS, frames].
+
+    live: block by block as a live session hears it, at the loudness so far; else at the loudness of the whole clip.
+    """
     front_end = LogMel(BANDS, torch.device("cpu"), torch.float32)
-    return on_absolute_grid(front_end.hidden_states(normalise(sound)), 0, 0, frames)[0]
+    if not live:
+        return on_absolute_grid(front_end.hidden_states(normalise(sound)), 0, 0, frames)[0]
+    heard = LiveAudio(front_end)
+    heard.push(sound, RATE)
+    heard.finish()
+    ends = [0, *range(BEFORE, frames + 1, 12)]  # the first block of a stream is short
+    return torch.cat([heard.features(*block)[0] for block in itertools.pairwise(ends)], dim=1)
 
 
 @torch.inference_mode()
@@ -122,26 +143,45 @@ def encode(vae: VideoVAE, made: Clip) -> tuple[Tensor, Tensor]:
 
 
 def write(vae: VideoVAE, out: Path, seeds: range, *, held_out: bool = False) -> None:
-    """Make and code a clip for each seed."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Make and code a clip for each seed. The folder appears, or takes the place of an older one, when it is whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not (out / "prompts.json").exists():
+        raise OutputError(f"{out} exists and is no such data; give a new folder")
+    part = media.part_path(out)
+    part.mkdir()
+    try:
+        _write(vae, part, seeds, held_out)
+        if out.exists():
+            shutil.rmtree(out)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    """A new array in a file whose room is taken at once: a full disk says so here, later it would kill the process."""
+    made = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return made
+
+
+def _write(vae: VideoVAE, out: Path, seeds: range, held_out: bool) -> None:
     side, prompts = SIZE // 8, []
     shapes = {"latents": (16, LATENTS, side, side), "stills": (16, 7, side, side), "sound": (BANDS, 4 * LATENTS)}
-    arrays = {
-        name: np.lib.format.open_memmap(out / f"{name}.npy", "w+", np.float16, (len(seeds), *shape))
-        for name, shape in shapes.items()
-    }
+    arrays = {name: array(out / f"{name}.npy", np.float16, (len(seeds), *shape)) for name, shape in shapes.items()}
     for i, seed in enumerate(seeds):
         with torch.device("cpu"):
             made = clip(seed, FRAMES, held_out=held_out)
-            sound = features(made.sound, FRAMES)[:, BEFORE:]
+            sound = features(made.sound, FRAMES, live=seed % 2 == 1)[:, BEFORE:]
         latents, still = encode(vae, made)
         for name, value in (("latents", latents), ("stills", still), ("sound", sound)):
             arrays[name][i] = value.cpu().numpy()
         prompts.append(made.prompt)
         if i % 50 == 49:
             print(f"{i + 1} of {len(seeds)} clips", flush=True)
-    for array in arrays.values():
-        array.flush()
+    for values in arrays.values():
+        values.flush()
     (out / "prompts.json").write_text(json.dumps(prompts))
 
 
@@ -155,7 +195,7 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true")
     given = parser.parse_args()
     vae = VideoVAE(VAE)
-    vae.load_state_dict(load_file(given.vae))
+    vae.load_state_dict(load_weights(given.vae))
     write(vae, given.out, range(given.first, given.first + given.count), held_out=given.held_out)
 
 

@@ -29,11 +29,11 @@ from distill.video_dit import Span, VideoDiT
 from liverelay.engine.models.sampler import TRAIN_STEPS
 
 EXITS = (0.3, 0.3, 0.35, 0.05)  # how often a rollout ends at a step; the last step changes next to nothing
-FAKE_STEPS = 4  # of the fake score for one of the student
+FAKE_STEPS = 3  # of the fake score for one of the student, on its latest sample
 FAKE_RATE = 4.0  # its learning rate beside the student's: it must follow
 
 
-def sample(student: Flow, rng: np.random.Generator, given: Sequence, span: Span, *, train: bool) -> Tensor:
+def sample(student: Flow, rng: np.random.Generator, given: Sequence, span: Span) -> Tensor:
     """The student's clean latents as predicted at a random step of a rollout; with gradients only at that step."""
     step = int(rng.choice(4, p=EXITS))
     count, blocks = span.distance.shape
@@ -41,9 +41,8 @@ def sample(student: Flow, rng: np.random.Generator, given: Sequence, span: Span,
     noise = torch.randn_like(given.latents)
     with torch.no_grad():
         latents = rollout(student, noise, given.condition, spans, upto=step)
-    with torch.set_grad_enabled(train):
-        timestep = torch.full((count,), SCHEDULE.timesteps[step])
-        return latents - SCHEDULE.sigmas[step] * student(latents, timestep, given.condition, spans[-1])
+    timestep = torch.full((count,), SCHEDULE.timesteps[step])
+    return latents - SCHEDULE.sigmas[step] * student(latents, timestep, given.condition, spans[-1])
 
 
 def whole(span: Span) -> Span:
@@ -52,7 +51,9 @@ def whole(span: Span) -> Span:
     return Span(span.start, span.distance[:, :1], frames=span.frames * blocks, ring=1)
 
 
-def matching_loss(clean: Tensor, teacher: Flow, fake: Flow, given: Sequence, span: Span, sigma: Tensor) -> Tensor:
+def matching_loss(
+    clean: Tensor, teacher: Flow, fake: Flow, given: Sequence, span: Span, sigma: Tensor, places: Tensor | None = None
+) -> Tensor:
     """A loss whose gradient at `clean` is the difference of the two scores' predictions, in the scale of DMD2."""
     with torch.no_grad():
         noisy = mixed(clean, torch.randn_like(clean), sigma)
@@ -61,7 +62,8 @@ def matching_loss(clean: Tensor, teacher: Flow, fake: Flow, given: Sequence, spa
         ours = noisy - s * fake(noisy, timestep, given.condition, span)
         scale = (clean - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp_min(1e-3)
         target = clean - (ours - real) / scale
-    return 0.5 * (clean - target).square().mean()
+    error = 0.5 * (clean - target).square()
+    return (error if places is None else error * places).mean()
 
 
 def train(examples: Examples, out: Path, recipe: Recipe, teacher_run: Path, student_run: Path) -> None:
@@ -77,33 +79,34 @@ def train(examples: Examples, out: Path, recipe: Recipe, teacher_run: Path, stud
         "fake": Optimisers(fake, FAKE_RATE * recipe.rate),
     }
     average = Average(student, 0.99)
-    run = Run(out, minutes=recipe.minutes, seed=recipe.seed)
+    run = Run(out, "a distilled student", minutes=recipe.minutes, seed=recipe.seed)
     run.keep(
         model=student, fake=fake, average=average, optimiser=optimisers["student"], fake_optimiser=optimisers["fake"]
     )
-    draw = Drawing(recipe)
-    sums = {"matching": 0.0, "fake": 0.0}
+    draw, places = Drawing(recipe), examples.liveliness()
+    losses: dict[str, list[float]] = {"student": [], "fake": []}
     for step in run.steps(recipe.steps):
         rng = np.random.default_rng([recipe.seed, 2, step])
-        for turn in range(FAKE_STEPS + 1):
-            span = random_span(rng, recipe.batch, True, recipe.corruption)
-            given = sequences(examples, rng, recipe.batch, span)
-            name = "student" if turn == FAKE_STEPS else "fake"
+        span = random_span(rng, recipe.batch, True, recipe.corruption)
+        given = sequences(examples, rng, recipe.batch, span)
+        with fast_precision():
+            clean = sample(student, rng, given, span)
+        for turn in range(FAKE_STEPS + 1):  # the student first: the fake score must not know the very sample it judges
+            name = "fake" if turn else "student"
             sigma = shifted(there(rng.uniform(0.02, 0.98, recipe.batch).astype(np.float32)))
             with fast_precision():
-                clean = sample(student, rng, given, span, train=name == "student")
-                if name == "student":
-                    loss = matching_loss(clean, teacher, fake, given, whole(span), sigma)
+                if turn:
+                    loss = flow_loss(fake, clean.detach(), sigma, given.condition, whole(span), places)
                 else:
-                    loss = flow_loss(fake, clean, sigma, given.condition, whole(span))
+                    loss = matching_loss(clean, teacher, fake, given, whole(span), sigma, places)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_((student if name == "student" else fake).parameters(), 1.0)
-            optimisers[name].step()
-            sums["matching" if name == "student" else "fake"] += float(loss.detach())
+            torch.nn.utils.clip_grad_norm_((fake if turn else student).parameters(), 1.0)
+            optimisers[name].step(recipe.rate * (FAKE_RATE if turn else 1))
+            losses[name].append(float(loss.detach()))
         average.update(student, step)
         if step % 20 == 19:
-            run.log(matching=sums["matching"] / 20, fake=sums["fake"] / 20 / FAKE_STEPS)
-            sums = dict.fromkeys(sums, 0.0)
+            run.log(matching=np.mean(losses["student"]), fake=np.mean(losses["fake"]))
+            losses = {"student": [], "fake": []}
         draw(run, step, average, teacher=False)
 
 

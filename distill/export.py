@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from distill.clips import VOCABULARY
-from distill.run import load_average, run_program
+from distill.run import load_average, load_weights, run_program
 from distill.toon import DIT, SIZE, write_front_ends
 from liverelay.engine.checkpoint import DIT_STEM
 from liverelay.engine.make_checkpoint import published_config
@@ -37,7 +36,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True, help="vae.safetensors of train_vae")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    export(load_average(given.dit), load_file(given.vae), given.out)
+    export(load_average(given.dit), load_weights(given.vae), given.out)
     size = sum(path.stat().st_size for path in given.out.rglob("*") if path.is_file())
     print(f"{given.out}: {size / 1e6:.1f} MB")
 

@@ -17,7 +17,7 @@ from distill.video_dit import Condition, Span, VideoDiT
 from liverelay.engine.models.sampler import TRAIN_STEPS, make_schedule
 
 SCHEDULE = make_schedule()
-FARTHEST = 60000  # latent frames: 9600 s of video
+FARTHEST = 75000  # latent frames: 12,000 s of video
 Flow = Callable[[Tensor, Tensor, Condition, Span], Tensor]
 
 

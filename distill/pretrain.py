@@ -65,9 +65,10 @@ def train(examples: Examples, out: Path, recipe: Recipe, begin: Path | None = No
         model.load_state_dict(load_average(begin))
     optimiser = Optimisers(model, recipe.rate)
     average = Average(model, 0.999)
-    run = Run(out, minutes=recipe.minutes, seed=recipe.seed)
+    kind = "a causal student" if causal else "a bidirectional teacher"
+    run = Run(out, kind, minutes=recipe.minutes, seed=recipe.seed)
     run.keep(model=model, optimiser=optimiser, average=average)
-    places, total = examples.liveliness(), 0.0
+    places, losses = examples.liveliness(), list[float]()
     draw = Drawing(recipe)
     for step in run.steps(recipe.steps):
         rng = np.random.default_rng([recipe.seed, causal, step])
@@ -80,16 +81,16 @@ def train(examples: Examples, out: Path, recipe: Recipe, begin: Path | None = No
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step(recipe.rate * cosine(step, recipe.steps))
         average.update(model, step)
-        total += float(loss.detach())
+        losses.append(float(loss.detach()))
         if step % 50 == 49:
-            run.log(loss=total / 50)
-            total = 0.0
+            run.log(loss=np.mean(losses))
+            losses.clear()
         draw(run, step, average, teacher=not causal)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder written by dataset latents")
+    parser.add_argument("--data", type=Path, required=True, help="a folder written by distill.data")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--from", dest="begin", type=Path, help="the teacher's run: train a causal student")
     Recipe.add(parser, steps=6000, batch=4, rate=2e-3)

@@ -10,6 +10,8 @@ import argparse
 import ctypes
 import json
 import os
+import pickle
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from liverelay.engine.errors import LiveRelayError
+from liverelay.engine.devices import check_device
+from liverelay.engine.errors import CheckpointError, InputError, LiveRelayError, OutputError
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,13 @@ class Recipe:
 
 
 class Run:
-    """folder: where state and log lie; minutes: after which `steps` ends; seed: of torch's noise, set anew for each
-    step, so that a run that was cut goes on as if it had not been; save_every: seconds between saves."""
+    """folder: where state and log lie; kind: what is trained, kept in the state; minutes: after which `steps` ends;
+    seed: of torch's noise, set anew for each step, so that a run that was cut goes on as if it had not been;
+    save_every: seconds between saves."""
 
-    def __init__(self, folder: Path, *, minutes: float, seed: int, save_every: float = 120.0) -> None:
+    def __init__(self, folder: Path, kind: str, *, minutes: float, seed: int, save_every: float = 120.0) -> None:
         self.folder, self._end, self._save_every = folder, time.monotonic() + 60 * minutes, save_every
-        self._seed = seed
+        self.kind, self._seed, self._asked_to_stop = kind, seed, False
         self.step, self.seconds, self._saved = 0, 0.0, time.monotonic()
         self._parts: dict[str, Any] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +84,9 @@ class Run:
         self._parts = parts
         path = self.folder / "state.pt"
         if path.exists():
-            state = torch.load(path, weights_only=True, map_location=torch.get_default_device())
+            state = load_state(self.folder, torch.get_default_device())
+            if (found := state.pop("kind", self.kind)) != self.kind:
+                raise InputError(f"{self.folder} holds a run of {found}, not of {self.kind}; give another folder")
             self.step, self.seconds = state.pop("step"), state.pop("seconds")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
@@ -86,13 +94,33 @@ class Run:
     def save(self) -> None:
         state = {name: part.state_dict() for name, part in self._parts.items()}
         part = self.folder / "state.part"
-        torch.save({**state, "step": self.step, "seconds": self.seconds}, part)
+        try:
+            torch.save({**state, "kind": self.kind, "step": self.step, "seconds": self.seconds}, part)
+        except RuntimeError as error:  # so torch reports a full disk
+            part.unlink(missing_ok=True)
+            raise OutputError(f"cannot write {part}: {error}; the last state.pt is kept") from None
         os.replace(part, self.folder / "state.pt")
         self._saved = time.monotonic()
 
     def steps(self, until: int) -> Iterator[int]:
-        """The numbers of the steps still to do; saves now and then and at the end."""
-        while self.step < until and time.monotonic() < self._end:
+        """The numbers of the steps still to do; saves now and then and at the end. Ctrl-C ends it after a step."""
+        before = signal.getsignal(signal.SIGINT)
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._stop)
+        try:
+            yield from self._until(until)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if self._asked_to_stop:
+            print(f"stopped after step {self.step}; the same command goes on from there", file=sys.stderr)
+            raise KeyboardInterrupt
+
+    def _stop(self, *_: object) -> None:
+        self._asked_to_stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one ends it at once
+
+    def _until(self, until: int) -> Iterator[int]:
+        while self.step < until and time.monotonic() < self._end and not self._asked_to_stop:
             start = time.monotonic()
             torch.manual_seed((self._seed << 32) + self.step)
             yield self.step
@@ -131,14 +159,37 @@ class Average(nn.Module):
         torch._foreach_lerp_(list(self.buffers()), list(model.parameters()), 1 - decay)
 
 
+def load_state(folder: Path, device: torch.device | str) -> dict[str, Any]:
+    """What a run has saved; CheckpointError where it cannot be read."""
+    path = folder / "state.pt"
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
+        if not {"model", "average", "step"} <= state.keys():
+            raise ValueError("it is no state of a training run")
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    return state
+
+
 def load_average(folder: Path) -> dict[str, Tensor]:
     """The averaged weights of a run's folder, by the model's names."""
-    state = torch.load(folder / "state.pt", weights_only=True, mmap=True, map_location="cpu")
-    return {name: state["average"][str(i)].clone() for i, name in enumerate(state["model"])}
+    state = load_state(folder, "cpu")
+    return {name: state["average"][str(i)] for i, name in enumerate(state["model"])}
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """A safetensors file; CheckpointError where it cannot be read."""
+    try:
+        return load_file(path, device=str(torch.get_default_device()))
+    except SafetensorError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", type=torch.set_default_device, help="cpu, cuda or cuda:N (cpu)")
+    def take(device: str) -> None:
+        torch.set_default_device(check_device(device))
+
+    parser.add_argument("--device", type=take, help="cpu, cuda or cuda:N (cpu)")
 
 
 def there(array: np.ndarray) -> Tensor:
@@ -166,13 +217,13 @@ def keep_memory() -> None:
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """What a user can mend is one line and exit code 1, an interrupt 130; `state.pt` is there to go on from."""
+    """What a user can mend is one line and exit code 1, an interrupt 130."""
     keep_memory()
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except LiveRelayError as error:
+    except (LiveRelayError, ImportError) as error:
         sys.exit(f"distill: {error}")
     except OSError as error:
         sys.exit(f"distill: {error.filename or 'input/output'}: {error.strerror or error}")

@@ -7,21 +7,33 @@ student in 4 steps, or with `--teacher` in many, seeing the whole sequence.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.clips import VOCABULARY, Clip, clip
 from distill.data import BEFORE, FRAMES, LATENTS, encode, features, motion_of, padded
 from distill.flow import many_steps, random_distances, rollout
-from distill.run import Average, Recipe, Run, add_device, fast_precision, load_average, run_program, there
+from distill.run import (
+    Average,
+    Recipe,
+    Run,
+    add_device,
+    fast_precision,
+    load_average,
+    load_weights,
+    run_program,
+    there,
+)
 from distill.toon import DIT, VAE, text_encoder
 from distill.video_dit import Condition, Span, VideoDiT
 from distill.video_vae import VideoVAE
+from liverelay.engine import media
+from liverelay.engine.errors import MissingExtraError
 
 BLOCKS = LATENTS // 3
 
@@ -61,7 +73,7 @@ class Grids:
 
     def __init__(self, vae: Path, count: int = 5, seed: int = 0) -> None:
         self.vae, self.seed = VideoVAE(VAE), seed
-        self.vae.load_state_dict(load_file(vae))
+        self.vae.load_state_dict(load_weights(vae))
         with tempfile.TemporaryDirectory() as folder, torch.device("cpu"):
             encoder = text_encoder(list(VOCABULARY), Path(folder))
             self.clips = [clip(seed + i, FRAMES, held_out=True) for i in range(count)]
@@ -86,11 +98,19 @@ class Grids:
         print(path, flush=True)
 
 
+def check_pictures() -> None:
+    """MissingExtraError before a long work that ends in a picture."""
+    if importlib.util.find_spec("PIL") is None:
+        raise MissingExtraError("Pillow", "to draw sample grids", "media")
+
+
 class Drawing:
     """Sample grids of a training run, `grid-STEP.png` in its folder, from its averaged weights."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._every = recipe.grid_every
+        if recipe.vae is not None:
+            check_pictures()
         self._grids = None if recipe.vae is None else Grids(recipe.vae)
 
     def __call__(self, run: Run, step: int, average: Average, *, teacher: bool) -> None:
@@ -112,6 +132,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     add_device(parser)
     given = parser.parse_args()
+    check_pictures()
+    media.picture_format(given.out)
+    media.check_writable(given.out)
     model = VideoDiT(DIT)
     model.load_state_dict(load_average(given.run))
     Grids(given.vae, given.count, given.seed).draw(model, given.out, teacher=given.teacher, steps=given.steps)

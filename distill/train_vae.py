@@ -1,4 +1,4 @@
-"""Train the small VAE on rendered portraits: `python -m distill.train_vae --pixels DIR --out DIR`.
+"""Train the small VAE on rendered portraits: `python -m distill.train_vae --pixels FILE --out DIR`.
 
 An autoencoder rather than a VAE: the engine takes the mean alone, so what matters is that latents are small, smooth
 (noise is added to them while training) and, in the end, of zero mean and unit variance in every channel, which is
@@ -13,15 +13,27 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distill.data import array
 from distill.identity import Identity
 from distill.motion import random_motion
 from distill.portrait import render
-from distill.run import Average, Run, add_device, cosine, fast_precision, load_average, run_program, there
+from distill.run import (
+    Average,
+    Run,
+    add_device,
+    cosine,
+    fast_precision,
+    load_average,
+    load_weights,
+    run_program,
+    there,
+)
 from distill.toon import SIZE, VAE
 from distill.video_vae import VideoVAE
+from liverelay.engine.errors import InputError
+from liverelay.engine.models.weights import save_tensors
 
 
 def loss_of(model: VideoVAE, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,8 +66,8 @@ def crops(pixels: np.ndarray, rng: np.random.Generator, *, batch: int, frames: i
 
 
 def piece(step: int, images: int) -> dict[str, int]:
-    """What a step learns from: pictures at first, since all convolutions begin without a memory; then clips that are
-    longer than what the encoder keeps. Small pieces, and whole pictures now and then, whose positions the attention
+    """What a step learns from: pictures at first, since all convolutions begin without a memory; then clips of
+    four latents and more. Small pieces, and whole pictures now and then, whose positions the attention
     must know too."""
     whole = step % 8 == 7
     if step < images:
@@ -72,14 +84,14 @@ def train(
     torch.manual_seed(seed)
     model = VideoVAE(VAE)
     if start is not None:
-        model.load_state_dict(load_file(start))
+        model.load_state_dict(load_weights(start))
     if decoder_only:
         for part in (model.encoder, model.conv1):
             part.eval().requires_grad_(False)
     learned = [weight for weight in model.parameters() if weight.requires_grad]
     optimiser = torch.optim.AdamW(learned, rate, betas=(0.9, 0.98), weight_decay=1e-4)
     average = Average(model, 0.998)
-    run = Run(out, minutes=minutes, seed=seed)
+    run = Run(out, "a VAE", minutes=minutes, seed=seed)
     run.keep(model=model, optimiser=optimiser, average=average)
     for step in run.steps(steps):
         rng = np.random.default_rng([seed, step])
@@ -125,7 +137,7 @@ def finish(folder: Path, pixels: np.ndarray, *, whitened: bool = True) -> Path:
     if whitened:
         whiten(model, pixels)
     path = folder / "vae.safetensors"
-    save_file({name: weight.bfloat16().contiguous() for name, weight in model.state_dict().items()}, path)
+    save_tensors(path, {name: weight.bfloat16() for name, weight in model.state_dict().items()})
     return path
 
 
@@ -133,7 +145,7 @@ def render_clips(path: Path, count: int = 1600, frames: int = 17) -> None:
     """Clips whose mouths move by chance, uint8 [count, frames, SIZE, SIZE, 3]; the file appears when it is whole."""
     part = path.with_suffix(".part.npy")
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (count, frames, SIZE, SIZE, 3))
+    pixels = array(part, np.uint8, (count, frames, SIZE, SIZE, 3))
     for n in range(count):
         rng = np.random.default_rng([77, n])
         places = np.arange(0, frames + 2, 3)
@@ -163,6 +175,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate (0.003)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if given.decoder_only and given.start is None:
+        raise InputError("--decoder-only keeps the latents of finished weights; give them with --start")
     if not given.pixels.exists():
         with torch.device("cpu"):
             render_clips(given.pixels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -14,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill import dmd, pretrain, sample, train_vae
-from distill.data import LATENTS, Examples
+from distill import data, dmd, pretrain, sample, train_vae
+from distill.data import LATENTS, Examples, write
 from distill.dmd import matching_loss, whole
 from distill.flow import flow_loss, many_steps, mixed
 from distill.muon import orthogonal
@@ -24,6 +25,7 @@ from distill.run import Average, Recipe, Run, cosine, load_average
 from distill.toon import BANDS, DIT, VAE
 from distill.video_dit import Condition, Span, VideoDiT
 from distill.video_vae import VideoVAE
+from liverelay.engine.errors import CheckpointError, InputError
 
 RECIPE = Recipe(steps=4, minutes=5, batch=2, rate=1e-3, seed=3)
 
@@ -75,6 +77,44 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(
     assert torch.equal(weights_of(straight), weights_of(tmp_path / "cut"))
 
 
+def test_a_folder_goes_on_with_what_it_holds_only(examples: Examples, tmp_path: Path) -> None:
+    teacher = teach(examples, tmp_path / "teacher")
+    before = (teacher / "state.pt").read_bytes()
+    for begin in (teacher, tmp_path / "absent"):
+        with pytest.raises(InputError, match="a run of a bidirectional teacher, not of a causal student"):
+            teach(examples, teacher, begin)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "state.pt").write_bytes(before[: len(before) // 2])
+    with pytest.raises(CheckpointError, match="cut"):
+        load_average(tmp_path / "cut")
+    assert (teacher / "state.pt").read_bytes() == before
+
+
+def test_an_interrupt_ends_training_after_a_step_and_saves_it(tmp_path: Path) -> None:
+    run, model = Run(tmp_path, "a test", minutes=5, seed=0), torch.nn.Linear(1, 1)
+    run.keep(model=model, average=Average(model, 0.9))
+    with pytest.raises(KeyboardInterrupt):
+        for step in run.steps(100):
+            if step == 2:
+                signal.raise_signal(signal.SIGINT)
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_data_that_was_interrupted_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = VideoVAE(VAE).requires_grad_(False)
+    write(vae, tmp_path / "data", range(1))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    monkeypatch.setattr(data, "encode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write(vae, tmp_path / "data", range(2))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    (tmp_path / "data" / "prompts.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="not whole"):
+        Examples.open(tmp_path / "data")
+
+
 def test_a_causal_student_begins_with_its_teachers_weights(examples: Examples, tmp_path: Path) -> None:
     teacher = teach(examples, tmp_path / "teacher")
     pretrain.train(examples, tmp_path / "s", replace(RECIPE, steps=0), teacher)
@@ -116,18 +156,18 @@ def test_many_steps_along_a_straight_flow_reach_the_clean_latents(rng: torch.Gen
     torch.testing.assert_close(mixed(clean, noise, torch.tensor([0.0, 1.0]))[1], noise[1])
 
 
-@pytest.mark.parametrize("data", range(2))
-def test_the_vae_learns_a_clip(data: int) -> None:
+@pytest.mark.parametrize("number", range(2))
+def test_the_vae_learns_a_clip(number: int) -> None:
     """Fixed clips, since how fast depends on the colours: of five that were tried the loss fell to 0.26..0.78."""
-    colours = np.random.default_rng(data).integers(60, 200, (2, 3))
+    colours = np.random.default_rng(number).integers(60, 200, (2, 3))
     clip = np.empty((1, 9, 64, 64, 3), np.uint8)
     clip[:] = colours[0]
     for t in range(9):
         clip[0, t, 10:40, 2 * t : 2 * t + 30] = colours[1]
-    torch.manual_seed(data)
+    torch.manual_seed(number)
     model = VideoVAE(VAE)
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3)
-    video = train_vae.crops(clip, np.random.default_rng(data), batch=1, frames=9, size=64)
+    video = train_vae.crops(clip, np.random.default_rng(number), batch=1, frames=9, size=64)
     losses = []
     for _ in range(40):
         loss, _, _ = train_vae.loss_of(model, video, torch.zeros(1, 16, 3, 8, 8))
@@ -217,7 +257,7 @@ def test_training_computes_where_it_is_told(
             span = random_span(numbers, 2, causal)
             given = sequences(examples, numbers, 2, span)
             flow_loss(student, given.latents, noise_levels(numbers, 2, causal), given.condition, span).backward()
-        clean = dmd.sample(student, numbers, given, span, train=True)
+        clean = dmd.sample(student, numbers, given, span)
         sigma = noise_levels(numbers, 2, False)
         matching_loss(clean, student, student, given, whole(span), sigma).backward()
     finally:
@@ -258,7 +298,7 @@ def test_a_missing_file_is_one_line(program: str, tmp_path: Path) -> None:
         "export": ["--dit", "absent", "--vae", "absent"],
     }[program]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", f"distill.{program}", *arguments, "--out", str(tmp_path / "out")],
+        [sys.executable, "-m", f"distill.{program}", *arguments, "--out", str(tmp_path / "out.png")],
         capture_output=True, text=True, cwd=Path(__file__).parents[1],
     )  # fmt: skip
     assert done.returncode == 1 and "absent" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
