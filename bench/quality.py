@@ -91,6 +91,7 @@ def arguments() -> argparse.Namespace:
     add("--clips", type=positive(int, "clips"), help="default: 8 (lipsync), 12 (prompts), 4 (teacher), 2 (precision)")
     add("--frames", type=positive(int, "frames"), default=100, help="of a clip")
     add("--seconds", type=positive(float, "seconds"), help="of a stream; default: 120 (identity), 60 (each ablation)")
+    add("--skim", action="store_true", help="identity: decode some windows of a long stream only")
     add("--people", type=positive(int, "people"), default=1, help="that are streamed side by side")
     add("--seed", type=number(int, "seeds"), default=0, help="of the first clip and of the noise")
     add("--whole-file", action="store_true", help="lip sync with the whole sound known, instead of heard live")
@@ -132,7 +133,7 @@ def main() -> int:
         options = Options(
             checkpoints(given.checkpoint), device=check_device(given.device), dtype=DTYPES.get(given.dtype),
             clips=given.clips, frames=given.frames, seconds=given.seconds, people=given.people, seed=given.seed,
-            whole_file=given.whole_file, run=given.run, teacher_blocks=given.teacher_blocks,
+            skim=given.skim, whole_file=given.whole_file, run=given.run, teacher_blocks=given.teacher_blocks,
             teacher_steps=given.teacher_steps, pictures=given.pictures, save=report.save,
         )  # fmt: skip
         for folder in options.checkpoints.values():

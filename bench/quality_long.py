@@ -68,9 +68,10 @@ def identity(options: Options) -> Result:
     watched["truth"] = follow("truth", lambda who, seed: Truth(who.of, seed), people, options, control, result)
     try:
         for label, engine in models(options):
-            watched[label] = follow(
-                label, lambda who, seed, engine=engine: Live(engine, who.of, seed), people, options, seconds, result
-            )
+            make: Make = lambda who, seed, engine=engine: Live(engine, who.of, seed)  # noqa: E731
+            if options.skim:
+                make = maker(engine, Variant(), streams.looked_at(seconds))
+            watched[label] = follow(label, make, people, options, seconds, result)
     finally:
         draw("identity", watched, result, options)
     return result
@@ -91,8 +92,8 @@ def ablations(options: Options) -> Result:
     return result
 
 
-def maker(engine: Engine, variant: Variant) -> Make:
-    return lambda who, seed: Rollout(engine, who.of, seed, variant)
+def maker(engine: Engine, variant: Variant, windows: set[int] | None = None) -> Make:
+    return lambda who, seed: Rollout(engine, who.of, seed, variant, windows)
 
 
 def draw(name: str, watched: dict[str, list[Watch]], result: Result, options: Options) -> None:

@@ -16,7 +16,7 @@ Made = TypeVar("Made")
 @dataclass(frozen=True)
 class Options:
     """checkpoints: folders by label; clips and seconds: None for each part's own default; run: of a teacher's training;
-    save(result): keeps what a part has so far."""
+    skim: decode some windows of a long stream only; save(result): keeps what a part has so far."""
 
     checkpoints: Mapping[str, Path]
     device: str = "cpu"
@@ -26,6 +26,7 @@ class Options:
     seconds: float | None = None
     people: int = 1
     seed: int = 0
+    skim: bool = False
     whole_file: bool = False
     run: Path | None = None
     teacher_blocks: int = 5

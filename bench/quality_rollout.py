@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.quality_measures import Array
-from bench.quality_stream import SIZE
+from bench.quality_stream import SIZE, WINDOW
 from distill.clips import Clip
 from distill.motion import RATE
 from liverelay.engine import Engine
@@ -38,9 +38,15 @@ VARIANTS = {
 
 
 class Rollout:
-    """A live stream without the engine's pipeline: block after block, step after step."""
+    """A live stream without the engine's pipeline: block after block, step after step.
 
-    def __init__(self, engine: Engine, of: Clip, seed: int, variant: Variant) -> None:
+    windows: those to look at, None: all. Blocks outside of them are not decoded, and the decoder is warmed up anew with
+    the latents before a window, as many as the engine takes when a stream begins.
+    """
+
+    def __init__(
+        self, engine: Engine, of: Clip, seed: int, variant: Variant, windows: set[int] | None = None
+    ) -> None:
         given, track, latent = engine._prepare(of.still, of.prompt, size=SIZE)
         geometry = engine._geometry(*latent)
         self.engine, self.dit, self.vae, self.variant, self.geometry = engine, engine.dit, engine.vae, variant, geometry
@@ -54,20 +60,33 @@ class Rollout:
         self.text, self.reference, self.motion = (
             self.dit.text_condition(given["text"]), given["reference"], given["motion"],
         )  # fmt: skip
-        self.decoder, self.block = self.vae.new_decoder(*latent), 0
-        self.vae.prime(self.decoder, self.motion[:, : engine.stream.prime_latents])
+        self.decoder, self.block, self.windows = self.vae.new_decoder(*latent), 0, windows
+        self._before = self.motion[:, : engine.stream.prime_latents]  # latents before this block
+        self._warm = False
 
     @torch.inference_mode()
-    def say(self, sound: Array) -> Iterator[Array]:
+    def say(self, sound: Array) -> Iterator[Array | int]:
         self.stream.push_audio(sound, RATE)
         while self.stream.has_sound(self.block):
             latent = self._denoise(self.stream.block_input(self.block))
             if self.block == 0 and self.variant.replace:
                 self.reference = latent[:, :1].clone()
-            video = self.vae.to_uint8(self.vae.decode(latent, self.decoder))
-            frames = video.numpy(force=True)
-            yield frames[self.engine.stream.dropped_frames :] if self.block == 0 else frames
+            first, end = (self.stream.frames_before(block) for block in (self.block, self.block + 1))
+            if self.windows is not None and self.windows.isdisjoint(range(first // WINDOW, (end - 1) // WINDOW + 1)):
+                self._warm = False
+                yield end - first
+            else:
+                yield self._frames(latent)[first - end :]
+            self._before = torch.cat([self._before, latent], dim=1)[:, -self.engine.stream.prime_latents :]
             self.block += 1
+
+    def _frames(self, latent: Tensor) -> Array:
+        if not self._warm:
+            self.decoder.reset()
+            self.vae.prime(self.decoder, self._before)
+            self._warm = True
+        frames: Array = self.vae.to_uint8(self.vae.decode(latent, self.decoder)).numpy(force=True)
+        return frames
 
     def _denoise(self, made: BlockInput) -> Tensor:
         """The clean latent of a block."""

@@ -30,8 +30,8 @@ KEPT = (0, 1, 3, 10, 30, 100, 300, 990, 3000, 9_990)  # seconds of which a frame
 class Talker(Protocol):
     """Answers sound with video."""
 
-    def say(self, sound: Array) -> Iterator[Array]:
-        """Frames uint8 [n, H, W, 3] that can be made by now."""
+    def say(self, sound: Array) -> Iterator[Array | int]:
+        """Frames uint8 [n, H, W, 3] that can be made by now, or how many were made that nobody will look at."""
 
     def close(self) -> None: ...
 
@@ -113,7 +113,12 @@ class Watch:
     def hear(self, opening: Array) -> None:
         self._true = np.concatenate([self._true, opening])
 
-    def see(self, frames: Array) -> None:
+    def see(self, frames: Array | int) -> None:
+        if isinstance(frames, int):
+            begun = sum(len(part) for part in self._seen)
+            self._seen, self._true = [], self._true[begun + frames :]
+            self.frames += frames
+            return
         for mark in KEPT:
             if self.frames <= mark * FPS < self.frames + len(frames):
                 self.kept[mark] = frames[mark * FPS - self.frames].copy()
@@ -136,6 +141,15 @@ class Watch:
             "silent_opening": float(opening[shut].mean()) if shut.sum() >= 3 else math.nan,
             **{f"sync {measures.LAGS[i]}": float(curve[i]) for i in measures.CLOSE}, "memory_mb": resident_mb(),
         })  # fmt: skip
+
+
+def looked_at(seconds: float, each: int = 12, all_of: float = 60.0) -> set[int]:
+    """Windows of a long stream to look at: all of its first ones, then about `each` in a doubling of the time."""
+    count, first = int(seconds * FPS) // WINDOW, int(all_of * FPS) // WINDOW
+    if count <= first:
+        return set(range(count))
+    steps = max(2, round(each * math.log2(count / first)))
+    return {*range(first), *np.geomspace(first, count - 1, steps).astype(int).tolist()}
 
 
 def pieces(seconds: float) -> int:

@@ -16,10 +16,11 @@ from torch import Tensor
 from distill.data import Examples, Sequence
 from distill.flow import SCHEDULE, flow_loss, random_distances, random_starts, shifted
 from distill.muon import Optimisers
-from distill.run import Average, Recipe, Run, cosine, fast_precision, load_average, run_program, there
+from distill.run import Average, Recipe, Run, cosine, fast_precision, load_average, load_weights, run_program, there
 from distill.sample import Drawing
 from distill.toon import DIT
 from distill.video_dit import Span, VideoDiT
+from liverelay.engine.models.weights import save_tensors
 
 BLOCKS = 5
 SHORT = 3  # times as many rows in a step of single blocks: more people for the same work
@@ -56,13 +57,21 @@ def sequences(examples: Examples, rng: np.random.Generator, count: int, span: Sp
     return examples.sample(rng, count, span.frames * span.distance.shape[1], replaced)
 
 
-def train(examples: Examples, out: Path, recipe: Recipe, begin: Path | None = None) -> None:
-    """begin: the teacher's run; the model is then a causal student."""
+def train(
+    examples: Examples, out: Path, recipe: Recipe, begin: Path | None = None, start: Path | None = None
+) -> None:
+    """begin: the teacher's run; the model is then a causal student. start: weights to begin with instead.
+
+    Leaves the averaged weights beside the state, `average.safetensors`.
+    """
     torch.manual_seed(recipe.seed)
     causal = begin is not None
     model = VideoDiT(DIT)
-    if begin is not None and not (out / "state.pt").exists():
-        model.load_state_dict(load_average(begin))
+    if not (out / "state.pt").exists():
+        if start is not None:
+            model.load(load_weights(start))
+        elif begin is not None:
+            model.load_state_dict(load_average(begin))
     optimiser = Optimisers(model, recipe.rate)
     average = Average(model, 0.999)
     kind = "a causal student" if causal else "a bidirectional teacher"
@@ -86,6 +95,8 @@ def train(examples: Examples, out: Path, recipe: Recipe, begin: Path | None = No
             run.log(loss=np.mean(losses))
             losses.clear()
         draw(run, step, average, teacher=not causal)
+    average.copy_to(model)
+    save_tensors(out / "average.safetensors", {name: weight.bfloat16() for name, weight in model.state_dict().items()})
 
 
 def main() -> None:
@@ -93,9 +104,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder written by distill.data")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--from", dest="begin", type=Path, help="the teacher's run: train a causal student")
+    parser.add_argument("--start", type=Path, metavar="FILE", help="average.safetensors of another run to begin with")
     Recipe.add(parser, steps=6000, batch=4, rate=2e-3)
     given = parser.parse_args()
-    train(Examples.open(given.data), given.out, Recipe.of(given), given.begin)
+    train(Examples.open(given.data), given.out, Recipe.of(given), given.begin, given.start)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,8 @@ def test_a_causal_student_begins_with_its_teachers_weights(examples: Examples, t
     teacher = teach(examples, tmp_path / "teacher")
     pretrain.train(examples, tmp_path / "s", replace(RECIPE, steps=0), teacher)
     assert torch.equal(weights_of(teacher), weights_of(tmp_path / "s"))
+    pretrain.train(examples, tmp_path / "t", replace(RECIPE, steps=0), None, teacher / "average.safetensors")
+    assert torch.equal(weights_of(teacher).bfloat16().float(), weights_of(tmp_path / "t"))
 
 
 def test_distillation_changes_student_and_fake_score_and_leaves_the_teacher(examples: Examples, tmp_path: Path) -> None:

@@ -196,6 +196,39 @@ def test_the_rollout_as_published_is_the_engines_and_variants_are_others(toon: P
 
 @pytest.mark.usefixtures("small")
 @torch.inference_mode()
+def test_windows_to_look_at_are_all_at_first_and_then_ever_further_apart() -> None:
+    found = sorted(quality_stream.looked_at(10_000))
+    gaps = np.diff(found)
+    assert found[:12] == list(range(12)) and found[-1] in (1998, 1999) and len(found) < 120
+    assert gaps.max() < 0.08 * 2000 and len([w for w in found if w >= 1000]) >= 10
+    assert quality_stream.looked_at(20) == {0, 1, 2, 3}
+
+
+@pytest.mark.usefixtures("small")
+@torch.inference_mode()
+def test_a_stream_that_is_skimmed_shows_what_the_whole_one_shows(
+    toon: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (quality_stream, quality_rollout):
+        monkeypatch.setattr(module, "WINDOW", 25)
+    engine, one = Engine.load(toon / "checkpoint", device="cpu"), clip(seed, 24, held_out=True, size=64)
+    who, seen = Who.of_seed(seed, 24), []
+    for windows in (None, {0, 3, 4}):
+        watch = Watch(who)
+        quality_stream.run([Rollout(engine, one, seed, VARIANTS["as published"], windows)], [watch], 8, seed=seed)
+        seen.append(watch)
+    whole, skimmed = seen
+    assert whole.frames == skimmed.frames and len(whole.rows) > 5
+    assert skimmed.rows[0]["seconds"] == 0.5
+    for row in skimmed.rows[1:]:
+        other = min(whole.rows, key=lambda other: abs(other["seconds"] - row["seconds"]))
+        assert abs(other["seconds"] - row["seconds"]) < 0.5 and 2.5 < row["seconds"] < 5.1
+        assert row["identity"] == pytest.approx(other["identity"], rel=0.2)
+        assert row["sharpness"] == pytest.approx(other["sharpness"], rel=0.3)
+    assert 3 <= len(skimmed.rows) <= 4
+    engine.close()
+
+
 @torch.inference_mode()
 def test_training_hears_what_a_live_session_hears(toon: Path, seed: int) -> None:
     of = clip(seed, FRAMES, held_out=True)
