@@ -11,6 +11,7 @@ from torch import Tensor
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.models.text import TextEncoder, text_shapes
 from liverelay.engine.models.vae_config import VAEConfig
+from liverelay.engine.models.weights import save_tensors
 
 SIZE = 128  # pixels, both ways
 BANDS = 40
@@ -56,10 +57,8 @@ def text_weights(count: int, seed: int = 0) -> dict[str, Tensor]:
 
 def write_front_ends(text: Path, tokenizer: Path, audio: Path, words: list[str]) -> None:
     """The text encoder's file, and the folders of the tokenizer and the audio front end."""
-    from safetensors.torch import save_file
-
     write_tokenizer(tokenizer, words)
-    save_file(text_weights(len(SPECIAL) + len(words)), text)
+    save_tensors(text, text_weights(len(SPECIAL) + len(words)))
     audio.mkdir(parents=True, exist_ok=True)
     (audio / "config.json").write_text(json.dumps({"model_type": "log_mel", "bands": BANDS}) + "\n")
 

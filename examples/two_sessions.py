@@ -1,6 +1,6 @@
 """An outer scheduler in a few lines: two avatars on one engine, stage by stage in turn.
 
-    python examples/two_sessions.py --checkpoint demo/checkpoint --image samples/portrait.png \\
+    python examples/two_sessions.py --checkpoint toon --image samples/toon.png \\
         --audio samples/speech.wav --out videos
 
 Whoever has blocks of many requests to run (SGLang, vLLM-Omni) puts its own policy where `turn` is.

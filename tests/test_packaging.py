@@ -83,6 +83,8 @@ def test_a_wheel_from_the_sdist_installs_our_names_and_no_others(tmp_path: Path)
     modules = {f"liverelay/{path.relative_to(ROOT).as_posix()}" for path in ours}
     assert {name for name in names if name.endswith(".py")} == modules
     assert {name.split("/")[0] for name in names} == {"liverelay"}
+    bundled = [path for path in (ROOT / "engine" / "bundled").rglob("*") if path.is_file()]
+    assert bundled and {f"liverelay/{path.relative_to(ROOT).as_posix()}" for path in bundled} <= names
     assert any("/engine/_C." in name and not name.endswith(".pyi") for name in names)
 
     site = tmp_path / "site"
