@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distill.data import Examples, Sequence
 from distill.flow import SCHEDULE, Flow, flow_loss, mixed, random_distances, rollout, shifted
-from distill.muon import Optimisers
+from distill.muon import LAYERS, Optimisers
 from distill.pretrain import random_span, sequences
 from distill.run import Average, Recipe, Run, fast_precision, load_average, run_program, there
 from distill.sample import Drawing
@@ -75,8 +75,8 @@ def train(examples: Examples, out: Path, recipe: Recipe, teacher_run: Path, stud
     student.load_state_dict(load_average(student_run))
     teacher.requires_grad_(False)
     optimisers = {
-        "student": Optimisers(student, recipe.rate, momentum=0.0),  # its target moves away from it
-        "fake": Optimisers(fake, FAKE_RATE * recipe.rate),
+        "student": Optimisers(student, recipe.rate, LAYERS, momentum=0.0),  # its target moves away from it
+        "fake": Optimisers(fake, FAKE_RATE * recipe.rate, LAYERS),
     }
     average = Average(student, 0.99)
     run = Run(out, "a distilled student", minutes=recipe.minutes, seed=recipe.seed)

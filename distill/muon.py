@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+LAYERS = ("blocks.",)  # of the transformer
 QUINTIC = (3.4445, -4.775, 2.0315)
 
 
@@ -27,7 +28,7 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For weights of two dimensions."""
+    """For matrices, and for convolutions, whose filters are the rows of one."""
 
     def __init__(self, weights: list[Tensor], rate: float, momentum: float = 0.95, decay: float = 0.01) -> None:
         super().__init__(weights, {"lr": rate, "momentum": momentum, "decay": decay})
@@ -42,19 +43,20 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["mean"] = torch.zeros_like(weight)
                 mean = state["mean"].lerp_(weight.grad, 1 - group["momentum"])
-                update = orthogonal(weight.grad.lerp(mean, group["momentum"]))
+                update = orthogonal(weight.grad.lerp(mean, group["momentum"]).flatten(1))
                 weight.mul_(1 - group["lr"] * group["decay"])
-                weight.add_(update, alpha=-group["lr"] * 0.2 * max(weight.shape) ** 0.5)
+                weight.add_(update.view(weight.shape), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
 
 
 class Optimisers:
-    """Muon for the matrices inside the layers, AdamW for the rest, as one."""
+    """Muon for the matrices inside (names with one of these parts), AdamW for the rest, as one."""
 
-    def __init__(self, model: nn.Module, rate: float, *, momentum: float = 0.95) -> None:
-        inside = {id(weight) for name, weight in model.named_parameters() if weight.dim() == 2 and "blocks." in name}
+    def __init__(self, model: nn.Module, rate: float, inside: tuple[str, ...], *, momentum: float = 0.95) -> None:
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for weight in model.parameters():
-            parts[id(weight) in inside].append(weight)
+        for name, weight in model.named_parameters():
+            matrix = weight.dim() in (2, 4, 5) and weight[0].numel() > 1
+            if weight.requires_grad:
+                parts[matrix and any(part in name for part in inside)].append(weight)
         self._both = (
             torch.optim.AdamW(parts[0], rate, betas=(momentum, 0.99), weight_decay=0.01),
             Muon(parts[1], rate, momentum),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.data import Examples, Sequence
 from distill.flow import SCHEDULE, flow_loss, random_distances, random_starts, shifted
-from distill.muon import Optimisers
+from distill.muon import LAYERS, Optimisers
 from distill.run import Average, Recipe, Run, cosine, fast_precision, load_average, load_weights, run_program, there
 from distill.sample import Drawing
 from distill.toon import DIT
@@ -72,7 +72,7 @@ def train(
             model.load(load_weights(start))
         elif begin is not None:
             model.load_state_dict(load_average(begin))
-    optimiser = Optimisers(model, recipe.rate)
+    optimiser = Optimisers(model, recipe.rate, LAYERS)
     average = Average(model, 0.999)
     kind = "a causal student" if causal else "a bidirectional teacher"
     run = Run(out, kind, minutes=recipe.minutes, seed=recipe.seed)

@@ -123,6 +123,23 @@ def test_encoder_equals_a_plain_twin(vae: VAE, weights: Weights, rng: torch.Gene
     assert relative(vae.encode(video), Twin(weights).encode(video)) <= 1e-5
 
 
+@pytest.mark.parametrize("frames", [1, 5, 73, 150])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_still_picture_is_coded_as_if_every_frame_were_looked_at(
+    rng: torch.Generator, depth: int, frames: int
+) -> None:
+    config = VAEConfig(base_dim=4, num_res_blocks=depth)
+    weights = {}
+    for key, shape in expected_shapes(config).items():
+        scale = 0.3 if len(shape) < 3 else torch.Size(shape[1:]).numel() ** -0.5
+        weights[key] = torch.randn(shape, generator=rng) * scale + float(key.endswith("gamma"))
+    vae = VAE.load(weights, config=config, dtype=torch.float32)
+    picture = torch.rand(3, 1, 32, 48, generator=rng) * 2 - 1
+    still = vae.encode(picture.expand(-1, frames, -1, -1))
+    assert torch.equal(still, vae.encode(picture.repeat(1, frames, 1, 1)))
+    assert frames < 9 or not torch.equal(still[:, 1], still[:, 2])  # what is remembered shows
+
+
 def test_decoding_in_pieces_equals_decoding_at_once(vae: VAE, rng: torch.Generator) -> None:
     latents = random_latents(rng, 5)
     whole = vae.decode(latents, vae.new_decoder(H, W))
