@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from liverelay.engine.errors import CheckpointError, InputError
-from liverelay.engine.models.geometry import check_size
 
 # Width and height whose area bounds the video's size when none is asked for (the published rule makes 704x384 of it).
 DEFAULT_MAX_SIZE = (720, 400)
@@ -49,6 +48,8 @@ def _count(published: Mapping[str, Any], name: str, default: int) -> int:
 
 
 def _video_size(given: Any) -> tuple[int, int] | None:
+    from liverelay.engine.models.geometry import check_size  # imports numpy, which a frame ring alone does not need
+
     if given is None:
         return None
     if not isinstance(given, list) or len(given) != 2 or not all(type(side) is int for side in given):

@@ -91,6 +91,7 @@ def test_a_folder_goes_on_with_what_it_holds_only(examples: Examples, tmp_path: 
 
 
 def test_an_interrupt_ends_training_after_a_step_and_saves_it(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     run, model = Run(tmp_path, "a test", minutes=5, seed=0), torch.nn.Linear(1, 1)
     run.keep(model=model, average=Average(model, 0.9))
     with pytest.raises(KeyboardInterrupt):
@@ -98,7 +99,7 @@ def test_an_interrupt_ends_training_after_a_step_and_saves_it(tmp_path: Path) ->
             if step == 2:
                 signal.raise_signal(signal.SIGINT)
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 3
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_data_that_was_interrupted_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
