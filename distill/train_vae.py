@@ -8,6 +8,7 @@ folded into the two 1x1x1 convolutions around them.
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -75,34 +76,44 @@ def piece(step: int, images: int) -> dict[str, int]:
     return {"batch": 1, "frames": 13, "size": 128} if whole else {"batch": 3, "frames": 17, "size": 64}
 
 
-def train(
-    pixels: np.ndarray, out: Path, *, images: int, steps: int, minutes: float, seed: int, rate: float = 3e-3,
-    start: Path | None = None, decoder_only: bool = False,
-) -> None:  # fmt: skip
+@dataclass(frozen=True)
+class Plan:
     """images: how many of the steps, the first ones, see single pictures; start: weights of an earlier `finish`;
     decoder_only: latents stay as they are, so that what was trained on them goes on being right."""
-    torch.manual_seed(seed)
+
+    images: int
+    steps: int
+    minutes: float
+    seed: int
+    rate: float = 3e-3
+    start: Path | None = None
+    decoder_only: bool = False
+
+
+def train(pixels: np.ndarray, out: Path, plan: Plan) -> None:
+    """Into a run's folder; `finish` makes the weights for the engine from it."""
+    torch.manual_seed(plan.seed)
     model = VideoVAE(VAE)
-    if start is not None:
-        model.load_state_dict(load_weights(start))
-    if decoder_only:
+    if plan.start is not None:
+        model.load_state_dict(load_weights(plan.start))
+    if plan.decoder_only:
         for part in (model.encoder, model.conv1):
             part.eval().requires_grad_(False)
     learned = [weight for weight in model.parameters() if weight.requires_grad]
-    optimiser = torch.optim.AdamW(learned, rate, betas=(0.9, 0.98), weight_decay=1e-4)
+    optimiser = torch.optim.AdamW(learned, plan.rate, betas=(0.9, 0.98), weight_decay=1e-4)
     average = Average(model, 0.998)
-    run = Run(out, "a VAE", minutes=minutes, seed=seed)
+    run = Run(out, "a VAE", minutes=plan.minutes, seed=plan.seed)
     run.keep(model=model, optimiser=optimiser, average=average)
-    for step in run.steps(steps):
-        rng = np.random.default_rng([seed, step])
-        video = crops(pixels, rng, **piece(step, images))
+    for step in run.steps(plan.steps):
+        rng = np.random.default_rng([plan.seed, step])
+        video = crops(pixels, rng, **piece(step, plan.images))
         latent = (len(video), VAE.z_dim, (video.shape[2] + 3) // 4, video.shape[3] // 8, video.shape[4] // 8)
         noise = 0.1 * there(rng.standard_normal(latent, dtype=np.float32))
         loss, error, size = loss_of(model, video, noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimiser.param_groups:
-            group["lr"] = rate * cosine(step, steps)
+            group["lr"] = plan.rate * cosine(step, plan.steps)
         optimiser.step()
         optimiser.zero_grad()
         average.update(model, step)
@@ -181,8 +192,9 @@ def main() -> None:
         with torch.device("cpu"):
             render_clips(given.pixels)
     pixels = np.load(given.pixels, mmap_mode="r")
-    train(pixels, given.out, images=given.images, steps=given.steps, minutes=given.minutes, seed=given.seed,
-          rate=given.rate, start=given.start, decoder_only=given.decoder_only)
+    train(pixels, given.out, Plan(
+        given.images, given.steps, given.minutes, given.seed, given.rate, given.start, given.decoder_only,
+    ))  # fmt: skip
     print(finish(given.out, pixels, whitened=not given.decoder_only))
 
 

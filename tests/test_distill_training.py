@@ -182,25 +182,25 @@ def test_the_vae_learns_a_clip(number: int) -> None:
 
 
 def test_pictures_come_first_and_both_kinds_are_trained_on(clips: np.ndarray, tmp_path: Path) -> None:
-    train_vae.train(clips, tmp_path, images=1, steps=2, minutes=5, seed=1)
+    train_vae.train(clips, tmp_path, train_vae.Plan(images=1, steps=2, minutes=5, seed=1))
     assert [train_vae.piece(step, 1)["frames"] for step in range(2)] == [1, 17]
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
 
 
 def test_training_begins_with_finished_weights(clips: np.ndarray, tmp_path: Path) -> None:
-    train_vae.train(clips, tmp_path / "first", images=1, steps=1, minutes=5, seed=1)
+    train_vae.train(clips, tmp_path / "first", train_vae.Plan(images=1, steps=1, minutes=5, seed=1))
     finished = train_vae.finish(tmp_path / "first", clips)
-    train_vae.train(clips, tmp_path / "next", images=0, steps=0, minutes=5, seed=2, start=finished)
+    train_vae.train(clips, tmp_path / "next", train_vae.Plan(images=0, steps=0, minutes=5, seed=2, start=finished))
     want = torch.cat([weight.float().flatten() for weight in load_file(finished).values()])
     got = torch.load(tmp_path / "next" / "state.pt", weights_only=True)["model"]
     assert torch.equal(torch.cat([got[name].flatten() for name in load_file(finished)]), want)
 
 
 def test_a_decoder_is_trained_alone_and_its_latents_stay(clips: np.ndarray, tmp_path: Path) -> None:
-    train_vae.train(clips, tmp_path / "first", images=1, steps=1, minutes=5, seed=1)
+    train_vae.train(clips, tmp_path / "first", train_vae.Plan(images=1, steps=1, minutes=5, seed=1))
     start = load_file(train_vae.finish(tmp_path / "first", clips))
-    train_vae.train(clips, tmp_path / "next", images=0, steps=1, minutes=5, seed=2,
-                    rate=0.5, start=tmp_path / "first" / "vae.safetensors", decoder_only=True)  # fmt: skip
+    train_vae.train(clips, tmp_path / "next", train_vae.Plan(images=0, steps=1, minutes=5, seed=2,
+                    rate=0.5, start=tmp_path / "first" / "vae.safetensors", decoder_only=True))  # fmt: skip
     done = load_file(train_vae.finish(tmp_path / "next", clips, whitened=False))
     same = {name.split(".")[0] for name in done if torch.equal(done[name], start[name])}
     assert {name.split(".")[0] for name in done} - same == {"decoder", "conv2"}, same
