@@ -1,8 +1,7 @@
 """Muon: momentum whose matrices are made orthogonal before they are applied, beside AdamW for all other weights.
 
-On models as small as these it needs about half of AdamW's steps. torch.optim.Muon computes in bfloat16, which CPUs
-without instructions for it do four times slower than float32. Source: arXiv 2502.16982 (with its scale of the update,
-so that both optimisers take the same learning rate).
+torch.optim.Muon computes in bfloat16, which CPUs without instructions for it do four times slower than float32.
+Source: arXiv 2502.16982 (with its scale of the update, so that both optimisers take the same learning rate).
 """
 
 from __future__ import annotations

@@ -195,8 +195,6 @@ def test_the_rollout_as_published_is_the_engines_and_variants_are_others(toon: P
     engine.close()
 
 
-@pytest.mark.usefixtures("small")
-@torch.inference_mode()
 def test_windows_to_look_at_are_all_at_first_and_then_ever_further_apart() -> None:
     found = sorted(quality_stream.looked_at(10_000))
     gaps = np.diff(found)
@@ -245,6 +243,8 @@ def test_training_hears_what_a_live_session_hears(toon: Path, seed: int) -> None
     assert 0 < float((whole - heard).abs().mean()) < 0.5  # the same sound at another loudness
 
 
+@pytest.mark.usefixtures("small")
+@torch.inference_mode()
 def test_clean_history_is_that_of_the_finished_block_at_timestep_0(toon: Path, seed: int) -> None:
     engine, one = Engine.load(toon / "checkpoint", device="cpu"), clip(seed, 24, held_out=True, size=64)
     run = Rollout(engine, one, seed, VARIANTS["clean history"])
