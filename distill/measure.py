@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from distill.portrait import MOUTH_HEIGHT, ZOOM
@@ -25,17 +27,21 @@ def region(frames: np.ndarray, box: tuple[float, float, float, float]) -> np.nda
     return frames[:, round(top * height) : round(bottom * height), round(left * width) : round(right * width)]
 
 
+def wine_red(red: Any, green: Any, blue: Any) -> Any:
+    """How much pixels (channels in 0..1, arrays or tensors) look like the inside of a mouth, 0..1: more red than green
+    and, unlike skin, lips and hair, more blue than green, with little green. Linear above 0, so that blur costs
+    little, and 0 for every other colour there is."""
+    return (2.1 * (red - green) + 2.9 * (blue - green) - 7.7 * green).clip(0, 1)
+
+
 def mouth_opening(frames: np.ndarray) -> np.ndarray:
     """How far the mouth is open, float32 [T], near the motion's `opening`, from frames uint8 [T, H, W, 3].
 
-    Pixels count by how wine-red they are: more red than green and, unlike skin, lips and hair, more blue than green,
-    with little green. The sum is linear, so that blur costs little, and below 0 for every other colour there is.
-    Their sums along columns are averaged with the weight of their own cubes: this is the height of the tallest columns,
-    so that a wide mouth isn't taken for an open one.
+    Pixels count by how wine-red they are. Their sums along columns are averaged with the weight of their own cubes:
+    this is the height of the tallest columns, so that a wide mouth isn't taken for an open one.
     """
     part = region(frames, MOUTH_BOX).astype(np.float32) / 255
-    red, green, blue = part[..., 0], part[..., 1], part[..., 2]
-    inside = np.clip(2.1 * (red - green) + 2.9 * (blue - green) - 7.7 * green, 0, 1)
+    inside = wine_red(part[..., 0], part[..., 1], part[..., 2])
     columns = inside.sum(1) * (128 / ZOOM / frames.shape[1])
     cubes = columns**3
     height = (cubes * columns).sum(-1) / (cubes.sum(-1) + 1e-3)
