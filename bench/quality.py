@@ -89,7 +89,8 @@ def arguments() -> argparse.Namespace:
         help="a model in the published layout; several may be given, such as one trained without history corruption")
     add("--only", metavar="PART,PART", help=f"some of {', '.join(PARTS)}; teacher is left out without --run")
     add("--clips", type=positive(int, "clips"), help="default: 8 (lipsync), 12 (prompts), 4 (teacher), 2 (precision)")
-    add("--frames", type=positive(int, "frames"), default=100, help="of a clip")
+    add("--frames", type=positive(int, "frames"), default=100,
+        help="of a clip (100); prompts take at most 48, precision at most 60, speed at least 125")
     add("--seconds", type=positive(float, "seconds"), help="of a stream; default: 120 (identity), 60 (each ablation)")
     add("--skim", action="store_true", help="identity: decode some windows of a long stream only")
     add("--people", type=positive(int, "people"), default=1, help="that are streamed side by side")

@@ -69,7 +69,7 @@ def crops(pixels: np.ndarray, rng: np.random.Generator, *, batch: int, frames: i
     taken = []
     for _ in range(batch):
         n, t = rng.integers(len(pixels)), rng.integers(pixels.shape[1] - frames + 1)
-        if size < SIZE and rng.random() < 0.5:  # with the whole mouth
+        if size < SIZE == pixels.shape[2] and rng.random() < 0.5:  # with the whole mouth
             y, x = 8 * rng.integers(7, 9), 8 * rng.integers(3, 6)
         else:
             y, x = (8 * rng.integers((side - size) // 8 + 1) for side in pixels.shape[2:4])

@@ -19,7 +19,10 @@ from distill import data, dmd, pretrain, sample, train_vae
 from distill.data import LATENTS, Examples, write
 from distill.dmd import matching_loss, whole
 from distill.flow import flow_loss, many_steps, mixed
+from distill.identity import Identity
+from distill.motion import neutral
 from distill.muon import orthogonal
+from distill.portrait import render
 from distill.pretrain import noise_levels, random_span, sequences
 from distill.run import Average, Recipe, Run, cosine, load_average
 from distill.toon import BANDS, DIT, VAE
@@ -179,6 +182,20 @@ def test_the_vae_learns_a_clip(number: int) -> None:
         optimiser.zero_grad()
         losses.append(float(loss.detach()))
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3]), losses
+
+
+def test_half_of_the_small_pieces_hold_the_whole_mouth(numbers: np.random.Generator) -> None:
+    still, opening = neutral(9), np.linspace(0, 1, 9)
+    people = [render(Identity.random(numbers), still.with_mouth(opening, 0 * opening)) for _ in range(20)]
+    whole = train_vae.near_mouth(data.video(np.stack(people)))
+    assert whole.amax(dim=(1, 3, 4))[:, 0].eq(0).all()  # shut
+    assert whole.amax(dim=(1, 3, 4))[:, 2:].eq(1).all()
+    assert whole.mean() < 0.02
+    kept = []
+    for video, mask in zip(people, whole, strict=True):
+        piece = train_vae.crops(video[None], numbers, batch=10, frames=9, size=64)
+        kept += (train_vae.near_mouth(piece).sum(dim=(1, 2, 3, 4)) == mask.sum()).tolist()
+    assert 0.3 < np.mean(kept) < 0.9  # 200 pieces: half of them, and some of the others
 
 
 def test_pictures_come_first_and_both_kinds_are_trained_on(clips: np.ndarray, tmp_path: Path) -> None:
