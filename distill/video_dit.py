@@ -142,26 +142,29 @@ class Layer(nn.Module):
 
 
 class SeeSink:
-    """Prefill: sink tokens see each other; their keys are kept as they were before RoPE, and their values."""
+    """Prefill: sink tokens see each other. `kept` are a layer's keys as they were before RoPE, and its values."""
+
+    kept: tuple[Tensor, Tensor]
 
     def __init__(self, table: Table) -> None:
         self.table = table
-        self.kept: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.kept.append((k, v))
+        self.kept = k, v
         return attend(rotate(q, self.table), rotate(k, self.table), v)
 
 
 class See:
-    """Blocks see themselves, what the ring holds and the sink; called once for each layer, in order."""
+    """Blocks see themselves, what the ring holds and `sink`: that layer's keys and values of it."""
 
-    def __init__(self, table: Table, sinks: list[tuple[Tensor, Tensor]], sink_table: Table, span: Span) -> None:
-        self.table, self.sinks, self.sink_table, self.span = table, iter(sinks), sink_table, span
+    sink: tuple[Tensor, Tensor]
+
+    def __init__(self, table: Table, sink_table: Table, span: Span) -> None:
+        self.table, self.sink_table, self.span = table, sink_table, span
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         blocks, ring = self.span.distance.shape[1], self.span.ring
-        sink_k, sink_v = next(self.sinks)
+        sink_k, sink_v = self.sink
         own = [part.unflatten(1, (blocks, -1)) for part in (rotate(q, self.table), rotate(k, self.table), v)]
         keys, values = (self._window(part) for part in own[1:])
         sink_k = rotate(sink_k.unsqueeze(1).expand(-1, blocks, -1, -1, -1), self.sink_table)
@@ -314,9 +317,11 @@ class VideoDiT(nn.Module):
         still = rope(torch.tensor([REFERENCE_POSITION]), torch.arange(rows), torch.arange(cols), self.config.head_dim)
         see = SeeSink((torch.cat([still[0], motion[0]]), torch.cat([still[1], motion[1]])))
         _, e = self.modulation(torch.zeros(len(x)))
+        kept = []
         for layer in self.blocks:
             x = layer(x, e, text, see)
-        return see.kept, (motion[0], motion[1])
+            kept.append(see.kept)
+        return kept, (motion[0], motion[1])
 
     def sink_table(self, motion: Table, span: Span, rows: int, cols: int) -> Table:
         """Of the whole sink for every block [B, blocks, S, d/2]: its reference lies ahead of the block."""
@@ -346,8 +351,9 @@ class VideoDiT(nn.Module):
         e, six = self.modulation(timestep)
         times = span.start[:, None] + torch.arange(frames)
         table = rope(times, torch.arange(rows), torch.arange(cols), self.config.head_dim)
-        see = See(table, sinks, self.sink_table(motion, span, rows, cols), span)
+        see = See(table, self.sink_table(motion, span, rows, cols), span)
         for i, layer in enumerate(self.blocks):
+            see.sink = sinks[i]
             x = layer(x, six, text, see)
             if i in self.config.audio_inject_layers:
                 x = self.inject(self.config.audio_inject_layers.index(i), x, tokens, overall, frames)
