@@ -123,17 +123,22 @@ def test_encoder_equals_a_plain_twin(vae: VAE, weights: Weights, rng: torch.Gene
     assert relative(vae.encode(video), Twin(weights).encode(video)) <= 1e-5
 
 
-@pytest.mark.parametrize("frames", [1, 5, 73, 150])
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_a_still_picture_is_coded_as_if_every_frame_were_looked_at(
-    rng: torch.Generator, depth: int, frames: int
-) -> None:
+def random_vae(rng: torch.Generator, depth: int) -> VAE:
+    """With so many residual blocks a level."""
     config = VAEConfig(base_dim=4, num_res_blocks=depth)
     weights = {}
     for key, shape in expected_shapes(config).items():
         scale = 0.3 if len(shape) < 3 else torch.Size(shape[1:]).numel() ** -0.5
         weights[key] = torch.randn(shape, generator=rng) * scale + float(key.endswith("gamma"))
-    vae = VAE.load(weights, config=config, dtype=torch.float32)
+    return VAE.load(weights, config=config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 73, 150])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_still_picture_is_coded_as_if_every_frame_were_looked_at(
+    rng: torch.Generator, depth: int, frames: int
+) -> None:
+    vae = random_vae(rng, depth)
     picture = torch.rand(3, 1, 32, 48, generator=rng) * 2 - 1
     still = vae.encode(picture.expand(-1, frames, -1, -1))
     assert torch.equal(still, vae.encode(picture.repeat(1, frames, 1, 1)))
@@ -147,7 +152,28 @@ def test_decoding_in_pieces_equals_decoding_at_once(vae: VAE, rng: torch.Generat
         cache = vae.new_decoder(H, W)
         parts = [vae.decode(part, cache) for part in latents.split(split, dim=1)]
         assert torch.equal(torch.cat(parts, dim=1), whole), split
-    assert torch.equal(vae.prime(vae.new_decoder(H, W), latents), whole)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_a_primed_decoder_has_seen_all_latents(rng: torch.Generator, depth: int, count: int) -> None:
+    vae = random_vae(rng, depth)
+    latents = random_latents(rng, count)
+    seen, primed = vae.new_decoder(H, W), vae.new_decoder(H, W)
+    vae.decode(latents, seen)
+    vae.prime(primed, latents)
+    first = vae.new_decoder(H, W, FIRST)
+    vae.prime(first, latents, FIRST)
+    for name, buffer in first.buffers.items():
+        assert torch.equal(buffer[:2], primed.buffers[name][:2]), name
+    following = random_latents(rng, 2)
+    assert torch.equal(vae.decode(following, primed), vae.decode(following, seen))
+
+
+def test_priming_leaves_out_what_only_frames_need() -> None:
+    counts = {step.name: latents for step, latents in VAEConfig().primed_steps()}
+    assert counts["decoder.head"] == 1
+    assert counts["decoder.upsamples.12"] == 4  # three residual blocks at full size: 14 frames of 28
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -49,7 +49,8 @@ def run(folder: Path, options: GoldenOptions) -> dict[str, Tensor]:
     results["ref_latent"] = vae.encode(image.unsqueeze(1))
     motion = results["motion_latents"] = repeated(image.unsqueeze(1))
     cache = vae.new_decoder(*motion.shape[2:])
-    results["primed_frames"] = vae.prime(cache, motion[:, : stream.prime_latents])
+    results["primed_frames"] = decode(motion[:, : stream.prime_latents])
+    vae.prime(cache, motion[:, : stream.prime_latents])
     video_frames = [vae.decode(block, cache) for block in blocks]
     results["video_kept"] = torch.cat(video_frames, dim=1)[:, stream.dropped_frames :]
     return results

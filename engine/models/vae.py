@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from liverelay.engine.errors import InputError
-from liverelay.engine.models.vae_config import CUT, WHOLE, VAEConfig, expected_shapes
+from liverelay.engine.models.vae_config import CUT, WHOLE, DecoderStep, VAEConfig, expected_shapes
 from liverelay.engine.models.vae_layers import FeatureCache, Layers
 from liverelay.engine.models.weights import check_shapes
 from liverelay.kernels import dispatch
@@ -129,16 +129,15 @@ class VAE:
             cache.first = False
         return torch.cat(frames, dim=1)
 
-    def decode_first(self, latents: Tensor, cache: FeatureCache, features: Tensor | None = None) -> None:
+    def decode_first(self, latents: Tensor, cache: FeatureCache, features: Tensor) -> None:
         """The first piece of `decode`, into features [4N, C, h', w'], one latent's frames behind the other's.
 
-        Nobody wants them where a new stream is warmed up. cache: of this piece.
+        cache: of this piece.
         """
         row = 0
         for x in self._each(latents):
             y = self._begin(x, cache)
-            if features is not None:
-                features[row : row + len(y)].copy_(y)
+            features[row : row + len(y)].copy_(y)
             row += len(y)
             cache.first = False
 
@@ -160,9 +159,17 @@ class VAE:
     def features_dtype(self) -> torch.dtype:
         return self._decoder.stream
 
-    def prime(self, cache: FeatureCache, motion: Tensor) -> Tensor:
-        """Warm a new stream up with the first motion latents [16, 7, h, w]; the frames are of no use (spec 2.5)."""
-        return self.decode(motion.to(self.device), cache)
+    def prime(self, cache: FeatureCache, motion: Tensor, piece: str = WHOLE) -> None:
+        """Warm a new stream, or a piece of its decoder, up with the first motion latents [16, 7, h, w] (spec 2.5).
+
+        The frames are of no use: the caches end as `decode` leaves them, to the bit, but what only frames would need is
+        left out. cache: empty.
+        """
+        steps = self.config.primed_steps(piece)
+        for i, x in enumerate(self._each(motion.to(self.device))):
+            left = motion.shape[1] - i
+            self._through([step for step, latents in steps if latents >= left], self._middle(x, cache), cache)
+            cache.first = False
 
     def to_uint8(self, frames: Tensor, out: Tensor | None = None) -> Tensor:
         """Frames [3, T, H, W] in [-1, 1] -> bytes [T, H, W, 3], truncated as published (spec section 7)."""
@@ -201,19 +208,25 @@ class VAE:
 
     def _begin(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """[1, 16, h, w] -> what the decoder's second piece takes, [n, C, h', w']."""
-        run = self._decoder
-        x = run.causal("decoder.conv1", run.conv("conv2", x), cache)
-        x = run.middle("decoder.middle", x, cache)
-        return self._upsamples(self.config.decoder_plan()[:CUT], x, cache)
+        return self._through(self.config.decoder_steps()[:CUT], self._middle(x, cache), cache)
 
     def _finish(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """What the first piece made of a latent -> frames [3, n, 8h, 8w]."""
-        x = self._upsamples(self.config.decoder_plan()[CUT:], x, cache)
-        x = self._decoder.norm_conv("decoder.head.0", "decoder.head.2", x, cache)
+        x = self._through(self.config.decoder_steps()[CUT:], x, cache)
         return x.transpose(0, 1).float().clamp_(-1, 1)
 
-    def _upsamples(self, steps: Sequence[tuple[str, str]], x: Tensor, cache: FeatureCache) -> Tensor:
+    def _middle(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        """What comes before all steps."""
         run = self._decoder
-        for name, kind in steps:
-            x = run.residual(name, x, cache) if kind == "residual" else run.up(name, x, cache, kind == "up3d")
+        return run.middle("decoder.middle", run.causal("decoder.conv1", run.conv("conv2", x), cache), cache)
+
+    def _through(self, steps: Sequence[DecoderStep], x: Tensor, cache: FeatureCache) -> Tensor:
+        run = self._decoder
+        for step in steps:
+            if step.kind == "residual":
+                x = run.residual(step.name, x, cache)
+            elif step.kind == "head":
+                x = run.norm_conv(f"{step.name}.0", f"{step.name}.2", x, cache)
+            else:
+                x = run.up(step.name, x, cache, step.kind == "up3d")
         return x

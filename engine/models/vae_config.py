@@ -133,14 +133,30 @@ class VAEConfig:
         slots = {"decoder.conv1": (self.z_dim, 1, 1)}
         for i in (0, 2):
             slots |= {f"decoder.middle.{i}.residual.{conv}": (top, 1, 1) for conv in (2, 6)}
-        steps = self.decoder_steps()
         if piece == SECOND:
             slots = {}
-        for name, kind, inner, out, frames, scale in {WHOLE: steps, FIRST: steps[:CUT], SECOND: steps[CUT:]}[piece]:
+        for name, kind, inner, out, frames, scale in self._steps_of(piece):
             convs = {"residual": {"residual.2": inner, "residual.6": out}, "up3d": {"time_conv": inner},
                      "head": {"2": inner}}  # fmt: skip
             slots |= {f"{name}.{conv}": (channels, frames, scale) for conv, channels in convs.get(kind, {}).items()}
         return slots
+
+    def primed_steps(self, piece: str = WHOLE) -> list[tuple[DecoderStep, int]]:
+        """A piece's steps, each with how many of a new stream's latest latents it has to see for all of the piece's
+        feature caches to end as if it had seen every one. A cache holds two frames; a step has to be given as many
+        right ones as its own caches and the steps after it look back on."""
+        counted, right = list[tuple[DecoderStep, int]](), 0  # frames at the end
+        for step in reversed(self._steps_of(piece)):
+            if step.kind == "up3d":
+                right = -(-right // 2) + 2
+            else:
+                right += {"residual": 4, "head": 2, "up2d": 0}[step.kind]
+            counted.append((step, -(-right // step.frames)))
+        return counted[::-1]
+
+    def _steps_of(self, piece: str) -> list[DecoderStep]:
+        steps = self.decoder_steps()
+        return {WHOLE: steps, FIRST: steps[:CUT], SECOND: steps[CUT:]}[piece]
 
     def handoff(self, latents: int, latent_h: int, latent_w: int) -> tuple[int, int, int, int]:
         """Between the pieces of the decoder, for later latents: features [frames, channels, height, width]."""

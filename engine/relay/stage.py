@@ -162,7 +162,7 @@ class Stage:
         for cache in (decoder, self.before):
             cache.reset()
         if self.plan.decode == FIRST:
-            return vae.decode_first(motion, decoder)
+            return vae.prime(decoder, motion, FIRST)
         vae.prime(FeatureCache(self.before.buffers | decoder.buffers), motion)
         decoder.first = False
 
