@@ -59,7 +59,7 @@ def loss_of(model: VideoVAE, video: Tensor, noise: Tensor) -> tuple[Tensor, Tens
 
 
 def near_mouth(video: Tensor) -> Tensor:
-    """1 for the inside of an open mouth and the pixels around it, [B, 1, T, H, W]: some ten of 16384."""
+    """1 for the inside of an open mouth and the pixels around it, [B, 1, T, H, W]: at most some 300 of 16384."""
     inside = wine_red(*((video + 1) / 2).unbind(1))
     return (F.max_pool3d(inside.unsqueeze(1), (1, 3, 3), 1, (0, 1, 1)) > 0.1).float()
 

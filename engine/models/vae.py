@@ -62,6 +62,7 @@ class VAE:
         backend: str | None = None,
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
+        self._steps = config.decoder_steps()
         try:
             self.ops = ops = dispatch.get_vae(backend, device)
         except ValueError as error:
@@ -143,7 +144,7 @@ class VAE:
 
     def decode_second(self, features: Tensor, latents: int, cache: FeatureCache) -> Tensor:
         """The second piece: features of so many latents -> frames, to the bit those of `decode`."""
-        frames, row, later = [], 0, self.config.decoder_steps()[CUT].frames
+        frames, row, later = [], 0, self._steps[CUT].frames
         for _ in range(latents):
             count = 1 if cache.first else later
             frames.append(self._finish(features[row : row + count], cache))
@@ -208,11 +209,11 @@ class VAE:
 
     def _begin(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """[1, 16, h, w] -> what the decoder's second piece takes, [n, C, h', w']."""
-        return self._through(self.config.decoder_steps()[:CUT], self._middle(x, cache), cache)
+        return self._through(self._steps[:CUT], self._middle(x, cache), cache)
 
     def _finish(self, x: Tensor, cache: FeatureCache) -> Tensor:
         """What the first piece made of a latent -> frames [3, n, 8h, 8w]."""
-        x = self._through(self.config.decoder_steps()[CUT:], x, cache)
+        x = self._through(self._steps[CUT:], x, cache)
         return x.transpose(0, 1).float().clamp_(-1, 1)
 
     def _middle(self, x: Tensor, cache: FeatureCache) -> Tensor:
