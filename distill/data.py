@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distill.clips import VOCABULARY, Clip, clip
 from distill.motion import RATE
-from distill.run import add_device, fast_precision, load_weights, run_program, there
+from distill.run import add_device, fast_precision, load_into, run_program, there
 from distill.toon import BANDS, DIT, SIZE, VAE, text_encoder
 from distill.video_dit import Condition
 from distill.video_vae import VideoVAE
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true")
     given = parser.parse_args()
     vae = VideoVAE(VAE)
-    vae.load_state_dict(load_weights(given.vae))
+    load_into(vae, given.vae)
     write(vae, given.out, range(given.first, given.first + given.count), held_out=given.held_out)
 
 

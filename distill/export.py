@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from distill.clips import VOCABULARY
-from distill.run import load_average, load_weights, run_program
-from distill.toon import DIT, SIZE, write_front_ends
+from distill.run import load_average, load_into, run_program
+from distill.toon import DIT, SIZE, VAE, write_front_ends
+from distill.video_vae import VideoVAE
 from liverelay.engine.checkpoint import DIT_STEM
 from liverelay.engine.make_checkpoint import published_config
 from liverelay.engine.models.weights import save_tensors
@@ -36,7 +37,9 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True, help="vae.safetensors of train_vae")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    export(load_average(given.dit), load_weights(given.vae), given.out)
+    vae = VideoVAE(VAE)
+    load_into(vae, given.vae)
+    export(load_average(given.dit), vae.state_dict(), given.out)
     size = sum(path.stat().st_size for path in given.out.rglob("*") if path.is_file())
     print(f"{given.out}: {size / 1e6:.1f} MB")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.data import Examples, Sequence
 from distill.flow import SCHEDULE, flow_loss, random_distances, random_starts, shifted
 from distill.muon import LAYERS, Optimisers
-from distill.run import Average, Recipe, Run, cosine, fast_precision, load_average, load_weights, run_program, there
+from distill.run import Average, Recipe, Run, cosine, fast_precision, load_average, load_into, run_program, there
 from distill.sample import Drawing
 from distill.toon import DIT
 from distill.video_dit import Span, VideoDiT
@@ -69,7 +69,7 @@ def train(
     model = VideoDiT(DIT)
     if not (out / "state.pt").exists():
         if start is not None:
-            model.load(load_weights(start))
+            load_into(model, start)
         elif begin is not None:
             model.load_state_dict(load_average(begin))
     optimiser = Optimisers(model, recipe.rate, LAYERS)

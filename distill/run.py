@@ -88,8 +88,12 @@ class Run:
             if (found := state.pop("kind", self.kind)) != self.kind:
                 raise InputError(f"{self.folder} holds a run of {found}, not of {self.kind}; give another folder")
             self.step, self.seconds = state.pop("step"), state.pop("seconds")
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(state[name])
+            except (KeyError, ValueError, RuntimeError):
+                message = f"{self.folder} was written by another version of this program; give another folder"
+                raise CheckpointError(message) from None
 
     def save(self) -> None:
         state = {name: part.state_dict() for name, part in self._parts.items()}
@@ -177,12 +181,14 @@ def load_average(folder: Path) -> dict[str, Tensor]:
     return {name: state["average"][str(i)] for i, name in enumerate(state["model"])}
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """A safetensors file; CheckpointError where it cannot be read."""
+def load_into(model: nn.Module, path: Path) -> None:
+    """The weights of a safetensors file; CheckpointError where it cannot be read or has those of another model."""
     try:
-        return load_file(path, device=str(torch.get_default_device()))
+        model.load_state_dict(load_file(path, device=str(torch.get_default_device())))
     except SafetensorError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
+    except RuntimeError:  # names and shapes, a page of them
+        raise CheckpointError(f"{path} has no weights for this model, {type(model).__name__}") from None
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ from distill.run import (
     add_device,
     fast_precision,
     load_average,
-    load_weights,
+    load_into,
     run_program,
     there,
 )
@@ -73,7 +73,7 @@ class Grids:
 
     def __init__(self, vae: Path, count: int = 5, seed: int = 0) -> None:
         self.vae, self.seed = VideoVAE(VAE), seed
-        self.vae.load_state_dict(load_weights(vae))
+        load_into(self.vae, vae)
         with tempfile.TemporaryDirectory() as folder, torch.device("cpu"):
             encoder = text_encoder(list(VOCABULARY), Path(folder))
             self.clips = [clip(seed + i, FRAMES, held_out=True) for i in range(count)]

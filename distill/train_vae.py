@@ -29,7 +29,7 @@ from distill.run import (
     cosine,
     fast_precision,
     load_average,
-    load_weights,
+    load_into,
     run_program,
     there,
 )
@@ -108,7 +108,7 @@ def train(pixels: np.ndarray, out: Path, plan: Plan) -> None:
     torch.manual_seed(plan.seed)
     model = VideoVAE(VAE)
     if plan.start is not None:
-        model.load_state_dict(load_weights(plan.start))
+        load_into(model, plan.start)
     if plan.decoder_only:
         for part in (model.encoder, model.conv1):
             part.eval().requires_grad_(False)

@@ -21,10 +21,10 @@ from distill.dmd import matching_loss, whole
 from distill.flow import flow_loss, many_steps, mixed
 from distill.identity import Identity
 from distill.motion import neutral
-from distill.muon import orthogonal
+from distill.muon import Optimisers, orthogonal
 from distill.portrait import render
 from distill.pretrain import noise_levels, random_span, sequences
-from distill.run import Average, Recipe, Run, cosine, load_average
+from distill.run import Average, Recipe, Run, cosine, load_average, load_into
 from distill.toon import BANDS, DIT, VAE
 from distill.video_dit import Condition, Span, VideoDiT
 from distill.video_vae import VideoVAE
@@ -91,6 +91,22 @@ def test_a_folder_goes_on_with_what_it_holds_only(examples: Examples, tmp_path: 
     with pytest.raises(CheckpointError, match="cut"):
         load_average(tmp_path / "cut")
     assert (teacher / "state.pt").read_bytes() == before
+
+
+def test_a_run_of_another_version_is_one_line(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    run = Run(tmp_path, "a test", minutes=5, seed=0)
+    run.keep(model=model, average=Average(model, 0.9), optimiser=torch.optim.AdamW(model.parameters()))
+    run.save()
+    for part in ({"model": torch.nn.Linear(2, 3)}, {"optimiser": Optimisers(model, 1e-3, ("weight",))}):
+        with pytest.raises(CheckpointError, match="another version"):
+            Run(tmp_path, "a test", minutes=5, seed=0).keep(**part)
+
+
+def test_weights_of_another_model_are_one_line(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"other\.safetensors has no weights for this model"):
+        load_into(VideoVAE(VAE), tmp_path / "other.safetensors")
 
 
 def test_an_interrupt_ends_training_after_a_step_and_saves_it(tmp_path: Path) -> None:
