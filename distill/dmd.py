@@ -22,7 +22,7 @@ from distill.data import Examples, Sequence
 from distill.flow import SCHEDULE, Flow, flow_loss, mixed, random_distances, rollout, shifted
 from distill.muon import LAYERS, Optimisers
 from distill.pretrain import random_span, sequences
-from distill.run import Average, Recipe, Run, fast_precision, load_average, run_program, there
+from distill.run import Average, Recipe, Run, cosine, fast_precision, load_average, run_program, there
 from distill.sample import Drawing
 from distill.toon import DIT
 from distill.video_dit import Span, VideoDiT
@@ -30,7 +30,7 @@ from liverelay.engine.models.sampler import TRAIN_STEPS
 
 EXITS = (0.3, 0.3, 0.35, 0.05)  # how often a rollout ends at a step; the last step changes next to nothing
 FAKE_STEPS = 3  # of the fake score for one of the student, on its latest sample
-FAKE_RATE = 4.0  # its learning rate beside the student's: it must follow
+FAKE_RATE = 5.0  # its learning rate beside the student's highest: it must follow
 
 
 def sample(student: Flow, rng: np.random.Generator, given: Sequence, span: Span) -> Tensor:
@@ -101,7 +101,7 @@ def train(examples: Examples, out: Path, recipe: Recipe, teacher_run: Path, stud
                     loss = matching_loss(clean, teacher, fake, given, whole(span), sigma, places)
             loss.backward()
             torch.nn.utils.clip_grad_norm_((fake if turn else student).parameters(), 1.0)
-            optimisers[name].step(recipe.rate * (FAKE_RATE if turn else 1))
+            optimisers[name].step(recipe.rate * (FAKE_RATE if turn else cosine(step, recipe.steps)))
             losses[name].append(float(loss.detach()))
         average.update(student, step)
         if step % 20 == 19:
