@@ -11,8 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from liverelay.engine.errors import CheckpointError, InputError
+from liverelay.engine.models.geometry import Geometry
+from liverelay.engine.models.sizes import decode_flops, prime_flops
 from liverelay.engine.models.vae import VAE
 from liverelay.engine.models.vae_config import FIRST, LATENT_MEAN, LATENT_STD, SECOND, VAEConfig, expected_shapes
 from tests.compare import psnr_db, relative
@@ -174,6 +177,19 @@ def test_priming_leaves_out_what_only_frames_need() -> None:
     counts = {step.name: latents for step, latents in VAEConfig().primed_steps()}
     assert counts["decoder.head"] == 1
     assert counts["decoder.upsamples.12"] == 4  # three residual blocks at full size: 14 frames of 28
+
+
+def test_operations_are_counted_as_they_are_done(rng: torch.Generator) -> None:
+    geometry = Geometry(8, 16, head_dim=128)
+    vae = random_vae(rng, 2)
+    cache, motion, block = vae.new_decoder(8, 16), torch.zeros(16, 7, 8, 16), torch.zeros(16, 3, 8, 16)
+    with FlopCounterMode(display=False) as priming:
+        vae.prime(cache, motion)
+    with FlopCounterMode(display=False) as decoding:
+        vae.decode(block, cache)
+    counted = prime_flops(vae.config, geometry, 7), decode_flops(vae.config, geometry)
+    assert priming.get_total_flops() == pytest.approx(counted[0], rel=0.06)  # the very first latent is one frame
+    assert decoding.get_total_flops() == pytest.approx(counted[1], rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

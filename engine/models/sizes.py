@@ -173,6 +173,14 @@ def decode_flops(config: VAEConfig, geometry: Geometry) -> float:
     return sum(decode_step_flops(config, geometry))
 
 
+def prime_flops(config: VAEConfig, geometry: Geometry, latents: int) -> float:
+    """Of warming a new stream's decoder up with so many latents: each step sees what its feature caches remember."""
+    before, *steps = decode_step_flops(config, geometry)
+    seen = [min(latents, count) for _, count in config.primed_steps()]
+    work = latents * before + sum(count * flops for count, flops in zip(seen, steps, strict=True))
+    return work / geometry.frames_per_block
+
+
 def decode_step_flops(config: VAEConfig, geometry: Geometry) -> list[float]:
     """Of what comes before the steps of `decoder_steps`, and of each of them."""
     hw, top = geometry.latent_h * geometry.latent_w, config.base_dim * config.dim_mult[-1]

@@ -15,7 +15,7 @@ from typing import Any
 from liverelay.engine.config import StreamConfig
 from liverelay.engine.errors import InputError
 from liverelay.engine.models.geometry import Geometry
-from liverelay.engine.models.sizes import PUBLISHED, block_step_flops, decode_flops, prefill_flops
+from liverelay.engine.models.sizes import PUBLISHED, block_step_flops, decode_flops, prefill_flops, prime_flops
 from liverelay.engine.models.vae_config import VAEConfig
 from liverelay.engine.relay.plan import StagePlan
 
@@ -111,8 +111,9 @@ def bundled_times(size: tuple[int, int] = MEASURED_SIZE, fp8: str = "", steps: i
 
 
 def _prime_ms(vae_ms: float) -> float:
-    stream = StreamConfig()
-    return vae_ms * stream.prime_latents / stream.frames_per_block
+    """By its share of the operations, which is nearly the same for all sizes."""
+    config, geometry = VAEConfig(), geometry_of(MEASURED_SIZE)
+    return vae_ms * prime_flops(config, geometry, StreamConfig().prime_latents) / decode_flops(config, geometry)
 
 
 def vae_share() -> float:
@@ -172,7 +173,7 @@ def _size(path: Path, text: Any) -> tuple[int, int]:
 
 
 def _completed(step_ms: tuple[float, ...], given: Mapping[str, float]) -> StageTimes:
-    """What was not given by its share of the products: 2.5 sink frames instead of a block's 3, 7 latents to decode."""
+    """What was not given by its share of the products: 2.5 sink frames instead of a block's 3."""
     rest = {"prefill_ms": step_ms[0] * 2.5 / 3, "prime_ms": _prime_ms(given["vae_ms"])}
     states = dict.fromkeys(_NAMES, GIVEN) | {name: ESTIMATE for name in rest if name not in given}
     return StageTimes(step_ms, **(rest | dict(given)), states=states)
