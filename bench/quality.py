@@ -47,7 +47,8 @@ class Report:
     """Results by part, in a file that is renewed as a whole; `part` is the one that is being measured."""
 
     def __init__(self, path: Path | None, facts: dict[str, Any]) -> None:
-        self.path, self.results, self.part = path, dict[str, Any](facts), ""
+        self.path, self.results, self.part = path and media.real_path(path), dict[str, Any](facts), ""
+        self.kept, self.failed = False, False
 
     def save(self, result: object) -> None:
         self.results[self.part] = result
@@ -56,8 +57,10 @@ class Report:
             try:
                 part.write_text(json.dumps(plain(self.results), indent=1) + "\n")
                 os.replace(part, self.path)
+                self.kept, self.failed = True, False
             except OSError as error:  # a stream of hours goes on
                 part.unlink(missing_ok=True)
+                self.failed = True
                 print(f"cannot write {self.path}: {error.strerror}", file=sys.stderr)
 
 
@@ -74,7 +77,7 @@ def checkpoints(given: list[str]) -> dict[str, Path]:
     """LABEL=DIR or DIR, whose label is the folder's name."""
     found: dict[str, Path] = {}
     for text in given:
-        label, _, folder = text.rpartition("=")
+        label, _, folder = ("", "", text) if Path(text).is_dir() else text.rpartition("=")
         label = label or Path(folder).name
         if label in found:
             raise LiveRelayError(f"two checkpoints are called '{label}'; name them with LABEL=DIR")
@@ -151,10 +154,12 @@ def main() -> int:
         so_far = report.results.get(report.part)
         if so_far and report.part in ("identity", "ablations"):
             print("\n".join(PARTS[report.part][1](so_far)), flush=True)
-        kept = f"; what was done is in {given.json}" if given.json else ""
+        kept = f"; what was done is in {given.json}" if report.kept else ""
         print(f"interrupted in {report.part}{kept}", file=sys.stderr)
         return 130
-    return 0
+    except OSError as error:  # pictures
+        raise SystemExit(f"cannot write {error.filename or given.pictures}: {error.strerror or error}") from None
+    return int(report.failed)
 
 
 if __name__ == "__main__":

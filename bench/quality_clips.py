@@ -161,12 +161,12 @@ class Teacher:
     """The bidirectional model of a training run: a few blocks at once, as one block, from the student's own noise."""
 
     def __init__(self, run: Path, blocks: int, steps: int) -> None:
-        from distill.run import load_average
+        from distill.run import TEACHER, load_run
         from distill.toon import DIT
         from distill.video_dit import VideoDiT
 
         self.blocks, self.steps, self.model = blocks, steps, VideoDiT(DIT).eval()
-        self.model.load_state_dict(load_average(run))
+        load_run(self.model, run, TEACHER)
 
     @torch.inference_mode()
     def video(self, engine: Engine, of: Clip, seed: int) -> Array:

@@ -21,6 +21,7 @@ from liverelay.engine import Engine
 
 SIZE = (128, 128)
 PIECE_S = 8
+BLOCK = 12  # frames; a stream may end with a part of one that nothing is made of
 WINDOW = 5 * FPS  # frames
 SETTLED_S = 4.0  # before it the sink of the picture is in use: 4 blocks, and the ring that remembers them
 MARKS = (10, 100, 1000, 10_000)  # seconds
@@ -144,12 +145,14 @@ class Watch:
 
 
 def looked_at(seconds: float, each: int = 12, all_of: float = 60.0) -> set[int]:
-    """Windows of a long stream to look at: all of its first ones, then about `each` in a doubling of the time."""
-    count, first = int(seconds * FPS) // WINDOW, int(all_of * FPS) // WINDOW
+    """Windows of a long stream to look at: all of its first ones, then about `each` in a doubling of the time, and
+    those of which a frame is kept."""
+    count, first = int(seconds * FPS - BLOCK) // WINDOW, int(all_of * FPS) // WINDOW
     if count <= first:
         return set(range(count))
     steps = max(2, round(each * math.log2(count / first)))
-    return {*range(first), *np.geomspace(first, count - 1, steps).astype(int).tolist()}
+    shown = {window for mark in KEPT if (window := mark * FPS // WINDOW) < count}
+    return {*range(first), *np.geomspace(first, count - 1, steps).astype(int).tolist(), *shown}
 
 
 def pieces(seconds: float) -> int:
@@ -201,7 +204,7 @@ def summary(columns: dict[str, Array]) -> dict[str, Any]:
     if len(seconds) < 4:
         return {"windows": len(seconds)}
     identity = columns["identity"]
-    marks = {str(mark): _around(columns, mark) for mark in MARKS if mark <= seconds[-1] + WINDOW / FPS}
+    marks = {str(mark): _around(columns, mark) for mark in MARKS if mark <= seconds[-1] + 2 * WINDOW / FPS}
     fifth = max(2, len(seconds) // 5)
     parts = {"early": slice(0, fifth), "late": slice(-fifth, None)}
     sync = max((f"sync {lag}" for lag in (0, -1, 1)), key=lambda name: np.nan_to_num(columns[name], nan=-1).mean())

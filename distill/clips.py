@@ -18,10 +18,11 @@ import numpy as np
 from distill.identity import COLOURS, Identity
 from distill.motion import FPS, Motion, mouth_track, random_motion
 from distill.portrait import render, render_still
+from distill.run import run_program
 from distill.speech import speech
 from liverelay.engine import media
 from liverelay.engine.arguments import number, positive
-from liverelay.engine.errors import LiveRelayError, MissingExtraError
+from liverelay.engine.errors import MissingExtraError, OutputError
 
 BEHIND = ("{} background", "a {} background", "a person in front of a {} wall", "someone talks in front of a {} wall",
           "{} wall behind the person", "the background is {}")
@@ -97,7 +98,7 @@ def sheet(clips: list[Clip], columns: int = 10) -> Any:
     return picture
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m distill.clips", description=__doc__.splitlines()[0].split(": ")[1])
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     parser.add_argument("--count", type=positive(int, "clips"), default=12)
@@ -105,19 +106,20 @@ def main() -> int:
     parser.add_argument("--seed", type=number(int, "seeds"), default=0, help="of the first clip")
     parser.add_argument("--held-out", action="store_true", help="clips of evaluation")
     arguments = parser.parse_args()
+    form = media.picture_format(arguments.out)
+    media.check_writable(arguments.out)
+    seeds = range(arguments.seed, arguments.seed + arguments.count)
+    picture = sheet([clip(seed, arguments.frames, arguments.held_out) for seed in seeds])
+    part = media.part_path(arguments.out)
     try:
-        form = media.picture_format(arguments.out)
-        media.check_writable(arguments.out)
-        seeds = range(arguments.seed, arguments.seed + arguments.count)
-        picture = sheet([clip(seed, arguments.frames, arguments.held_out) for seed in seeds])
-        part = media.part_path(arguments.out)
         picture.save(part, format=form)
         os.replace(part, arguments.out)
-    except LiveRelayError as error:
-        raise SystemExit(str(error)) from None
+    except (OSError, ValueError) as error:  # a JPEG has at most 65500 rows
+        raise OutputError(f"cannot write {arguments.out}: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
     print(arguments.out)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_program(main)

@@ -26,6 +26,7 @@ from distill.toon import BANDS, DIT, SIZE, VAE, text_encoder
 from distill.video_dit import Condition
 from distill.video_vae import VideoVAE
 from liverelay.engine import media
+from liverelay.engine.arguments import number, positive
 from liverelay.engine.errors import CheckpointError, OutputError
 from liverelay.engine.models.audio import normalise
 from liverelay.engine.models.audio_live import LiveAudio, on_absolute_grid
@@ -36,7 +37,11 @@ LATENTS = 18  # of a clip
 BEFORE = 9  # video frames before them: no latent is that of a first frame, as in the middle of a stream
 FRAMES = BEFORE + 4 * LATENTS
 SILENT = -1.5  # the least that log-mel features get
-UNKNOWN = "anything "  # is no word of the prompts
+SHAPES = {  # of a clip's arrays
+    "latents": (16, LATENTS, SIZE // 8, SIZE // 8), "stills": (16, 7, SIZE // 8, SIZE // 8),
+    "sound": (BANDS, 4 * LATENTS),
+}  # fmt: skip
+PROMPTS = "prompts.json"
 STILL_FRAMES = 25  # of the 73 equal frames that the engine codes; later latents are as the last of these
 
 
@@ -50,7 +55,8 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Examples:
-    """Arrays over clips: latents [N, 16, F, h, w], stills [N, 16, 7, h, w], sound [N, BANDS, 4 F]; prompts [N]."""
+    """Arrays over clips: latents [N, 16, F, h, w], stills [N, 16, 7, h, w], sound [N, BANDS, 4 F]; text: states of
+    the prompts [N, text_len, text_dim]."""
 
     latents: np.ndarray
     stills: np.ndarray
@@ -59,14 +65,18 @@ class Examples:
 
     @classmethod
     def open(cls, folder: Path) -> Examples:
-        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("latents", "stills", "sound")]
-        prompts = json.loads((folder / "prompts.json").read_text())
-        if {len(values) for values in arrays} != {len(prompts)}:
+        """CheckpointError where it is not as `write` leaves it."""
+        try:
+            arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in SHAPES]
+            prompts = json.loads((folder / PROMPTS).read_text())
+            whole = isinstance(prompts, list) and prompts and all(isinstance(prompt, str) for prompt in prompts)
+            shapes = [(len(prompts), *shape) for shape in SHAPES.values()] if whole else None
+        except (ValueError, EOFError):  # neither array nor JSON
+            shapes = None
+        if shapes is None or [values.shape for values in arrays] != shapes:
             raise CheckpointError(f"{folder} is not whole: make it again with distill.data")
         with tempfile.TemporaryDirectory() as temporary, torch.device("cpu"):
             encoder = text_encoder(list(VOCABULARY), Path(temporary))
-            # Words that are not known must not matter: half of the prompts without a colour are made of such.
-            prompts = [prompt or UNKNOWN * max(0, i % 16 - 7) for i, prompt in enumerate(prompts)]
             states = {prompt: padded(encoder.encode(prompt)) for prompt in sorted(set(prompts))}
         return cls(*arrays, torch.stack([states[prompt] for prompt in prompts]))
 
@@ -144,9 +154,11 @@ def encode(vae: VideoVAE, made: Clip) -> tuple[Tensor, Tensor]:
 
 def write(vae: VideoVAE, out: Path, seeds: range, *, held_out: bool = False) -> None:
     """Make and code a clip for each seed. The folder appears, or takes the place of an older one, when it is whole."""
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists() and not (out / "prompts.json").exists():
-        raise OutputError(f"{out} exists and is no such data; give a new folder")
+    ours = {PROMPTS, *(f"{name}.npy" for name in SHAPES)}
+    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= ours):
+        raise OutputError(f"{out} exists and holds more than such data; give a new folder")
     part = media.part_path(out)
     part.mkdir()
     try:
@@ -160,16 +172,18 @@ def write(vae: VideoVAE, out: Path, seeds: range, *, held_out: bool = False) -> 
 
 def array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     """A new array in a file whose room is taken at once: a full disk says so here, later it would kill the process."""
-    made = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    try:
+        made = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from None
     return made
 
 
 def _write(vae: VideoVAE, out: Path, seeds: range, held_out: bool) -> None:
-    side, prompts = SIZE // 8, []
-    shapes = {"latents": (16, LATENTS, side, side), "stills": (16, 7, side, side), "sound": (BANDS, 4 * LATENTS)}
-    arrays = {name: array(out / f"{name}.npy", np.float16, (len(seeds), *shape)) for name, shape in shapes.items()}
+    prompts = []
+    arrays = {name: array(out / f"{name}.npy", np.float16, (len(seeds), *shape)) for name, shape in SHAPES.items()}
     for i, seed in enumerate(seeds):
         with torch.device("cpu"):
             made = clip(seed, FRAMES, held_out=held_out)
@@ -182,15 +196,15 @@ def _write(vae: VideoVAE, out: Path, seeds: range, held_out: bool) -> None:
             print(f"{i + 1} of {len(seeds)} clips", flush=True)
     for values in arrays.values():
         values.flush()
-    (out / "prompts.json").write_text(json.dumps(prompts))
+    (out / PROMPTS).write_text(json.dumps(prompts))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vae", type=Path, required=True, help="vae.safetensors of train_vae")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--first", type=int, default=0, help="seed of the first clip")
-    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--first", type=number(int, "seeds"), default=0, help="seed of the first clip")
+    parser.add_argument("--count", type=positive(int, "clips"), default=2000)
     add_device(parser)
     parser.add_argument("--held-out", action="store_true")
     given = parser.parse_args()

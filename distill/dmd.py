@@ -22,7 +22,20 @@ from distill.data import Examples, Sequence
 from distill.flow import SCHEDULE, Flow, flow_loss, mixed, random_distances, rollout, shifted
 from distill.muon import LAYERS, Optimisers
 from distill.pretrain import random_span, sequences
-from distill.run import Average, Recipe, Run, cosine, fast_precision, load_average, run_program, there
+from distill.run import (
+    DISTILLED,
+    STUDENT,
+    TEACHER,
+    Average,
+    Recipe,
+    Run,
+    cosine,
+    fast_precision,
+    finite,
+    load_run,
+    run_program,
+    there,
+)
 from distill.sample import Drawing
 from distill.toon import DIT
 from distill.video_dit import Span, VideoDiT
@@ -67,19 +80,19 @@ def matching_loss(
 
 
 def train(examples: Examples, out: Path, recipe: Recipe, teacher_run: Path, student_run: Path) -> None:
-    """Both runs are those of pretrain; the student's goes on from its average."""
+    """Both runs are those of pretrain, or the student's an earlier one of this program; it goes on from its average."""
     torch.manual_seed(recipe.seed)
     teacher, fake, student = (VideoDiT(DIT) for _ in range(3))
-    teacher.load_state_dict(load_average(teacher_run))
+    load_run(teacher, teacher_run, TEACHER)
     fake.load_state_dict(teacher.state_dict())
-    student.load_state_dict(load_average(student_run))
+    load_run(student, student_run, STUDENT, DISTILLED)
     teacher.requires_grad_(False)
     optimisers = {
         "student": Optimisers(student, recipe.rate, LAYERS, momentum=0.0),  # its target moves away from it
         "fake": Optimisers(fake, FAKE_RATE * recipe.rate, LAYERS),
     }
     average = Average(student, 0.99)
-    run = Run(out, "a distilled student", minutes=recipe.minutes, seed=recipe.seed)
+    run = Run(out, DISTILLED, minutes=recipe.minutes, seed=recipe.seed)
     run.keep(
         model=student, fake=fake, average=average, optimiser=optimisers["student"], fake_optimiser=optimisers["fake"]
     )
@@ -102,7 +115,7 @@ def train(examples: Examples, out: Path, recipe: Recipe, teacher_run: Path, stud
             loss.backward()
             torch.nn.utils.clip_grad_norm_((fake if turn else student).parameters(), 1.0)
             optimisers[name].step(recipe.rate * (FAKE_RATE if turn else cosine(step, recipe.steps)))
-            losses[name].append(float(loss.detach()))
+            losses[name].append(finite(loss, step))
         average.update(student, step)
         if step % 20 == 19:
             run.log(matching=np.mean(losses["student"]), fake=np.mean(losses["fake"]))

@@ -16,7 +16,20 @@ from torch import Tensor
 from distill.data import Examples, Sequence
 from distill.flow import SCHEDULE, flow_loss, random_distances, random_starts, shifted
 from distill.muon import LAYERS, Optimisers
-from distill.run import Average, Recipe, Run, cosine, fast_precision, load_average, load_into, run_program, there
+from distill.run import (
+    STUDENT,
+    TEACHER,
+    Average,
+    Recipe,
+    Run,
+    cosine,
+    fast_precision,
+    finite,
+    load_into,
+    load_run,
+    run_program,
+    there,
+)
 from distill.sample import Drawing
 from distill.toon import DIT
 from distill.video_dit import Span, VideoDiT
@@ -71,15 +84,20 @@ def train(
         if start is not None:
             load_into(model, start)
         elif begin is not None:
-            model.load_state_dict(load_average(begin))
+            load_run(model, begin, TEACHER)
     optimiser = Optimisers(model, recipe.rate, LAYERS)
     average = Average(model, 0.999)
-    kind = "a causal student" if causal else "a bidirectional teacher"
-    run = Run(out, kind, minutes=recipe.minutes, seed=recipe.seed)
+    run = Run(out, STUDENT if causal else TEACHER, minutes=recipe.minutes, seed=recipe.seed)
     run.keep(model=model, optimiser=optimiser, average=average)
     places, losses = examples.liveliness(), list[float]()
     draw = Drawing(recipe)
-    for step in run.steps(recipe.steps):
+
+    def keep_average() -> None:
+        average.copy_to(model)
+        weights = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
+        save_tensors(out / "average.safetensors", weights)
+
+    for step in run.steps(recipe.steps, keep_average):
         rng = np.random.default_rng([recipe.seed, causal, step])
         batch, blocks = (recipe.batch, BLOCKS) if causal else layout(step, recipe.batch)
         span = random_span(rng, batch, causal, recipe.corruption, blocks)
@@ -90,13 +108,11 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step(recipe.rate * cosine(step, recipe.steps))
         average.update(model, step)
-        losses.append(float(loss.detach()))
+        losses.append(finite(loss, step))
         if step % 50 == 49:
             run.log(loss=np.mean(losses))
             losses.clear()
         draw(run, step, average, teacher=not causal)
-    average.copy_to(model)
-    save_tensors(out / "average.safetensors", {name: weight.bfloat16() for name, weight in model.state_dict().items()})
 
 
 def main() -> None:

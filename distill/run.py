@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import os
 import pickle
 import signal
@@ -25,8 +26,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from liverelay.engine.arguments import number, positive
 from liverelay.engine.devices import check_device
 from liverelay.engine.errors import CheckpointError, InputError, LiveRelayError, OutputError
+
+TEACHER, STUDENT, DISTILLED = "a bidirectional teacher", "a causal student", "a distilled student"
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,14 @@ class Recipe:
     @classmethod
     def add(cls, parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float) -> None:
         """Its arguments, with defaults."""
-        parser.add_argument("--steps", type=int, default=steps, help=f"in all ({steps})")
-        parser.add_argument("--minutes", type=float, default=60, help="of this call; another one goes on (60)")
-        parser.add_argument("--batch", type=int, default=batch, help=f"clips a step ({batch})")
-        parser.add_argument("--rate", type=float, default=rate, help=f"learning rate ({rate})")
-        parser.add_argument("--seed", type=int, default=0)
-        add_device(parser)
+        parser.add_argument("--steps", type=positive(int, "steps"), default=steps, help=f"in all ({steps})")
+        parser.add_argument("--batch", type=positive(int, "clips"), default=batch, help=f"clips a step ({batch})")
+        add_common(parser, rate)
         parser.add_argument("--vae", type=Path, help="vae.safetensors, to draw sample grids while training")
-        parser.add_argument("--grid-every", type=int, default=500, metavar="STEPS", help="(500)")
-        parser.add_argument("--corruption", type=float, default=0.1, help="most noise on the history (0.1)")
+        parser.add_argument("--grid-every", type=positive(int, "steps"), default=500, metavar="STEPS", help="(500)")
+        parser.add_argument(
+            "--corruption", type=number(float, "parts"), default=0.1, help="most noise on the history (0.1)"
+        )
 
     @classmethod
     def of(cls, given: argparse.Namespace) -> Recipe:
@@ -88,12 +91,21 @@ class Run:
             if (found := state.pop("kind", self.kind)) != self.kind:
                 raise InputError(f"{self.folder} holds a run of {found}, not of {self.kind}; give another folder")
             self.step, self.seconds = state.pop("step"), state.pop("seconds")
+            self._forget_later()
             try:
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
             except (KeyError, ValueError, RuntimeError):
                 message = f"{self.folder} was written by another version of this program; give another folder"
                 raise CheckpointError(message) from None
+
+    def _forget_later(self) -> None:
+        """Lines of the log past the state: the run was killed, and those steps are made again."""
+        path = self.folder / "log.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+        if kept != lines:
+            path.write_text("".join(kept))
 
     def save(self) -> None:
         state = {name: part.state_dict() for name, part in self._parts.items()}
@@ -106,13 +118,17 @@ class Run:
         os.replace(part, self.folder / "state.pt")
         self._saved = time.monotonic()
 
-    def steps(self, until: int) -> Iterator[int]:
-        """The numbers of the steps still to do; saves now and then and at the end. Ctrl-C ends it after a step."""
+    def steps(self, until: int, finish: Callable[[], object] = lambda: None) -> Iterator[int]:
+        """The numbers of the steps still to do; saves now and then and at the end. Ctrl-C ends it after a step.
+
+        finish: what else is to be written whenever it ends.
+        """
         before = signal.getsignal(signal.SIGINT)
         if before is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._stop)
         try:
             yield from self._until(until)
+            finish()
         finally:
             signal.signal(signal.SIGINT, before)
         if self._asked_to_stop:
@@ -133,6 +149,7 @@ class Run:
             if time.monotonic() - self._saved > self._save_every:
                 self.save()
         self.save()
+        print(f"{self.folder}: {self.step} of {until} steps done", flush=True)
 
     def log(self, **values: float | Tensor) -> None:
         """A line of the log, also printed."""
@@ -168,10 +185,11 @@ def load_state(folder: Path, device: torch.device | str) -> dict[str, Any]:
     path = folder / "state.pt"
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
-        if not {"model", "average", "step"} <= state.keys():
-            raise ValueError("it is no state of a training run")
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        whole = {"model", "average", "step", "seconds"} <= state.keys() and isinstance(state["model"], dict)
+    except (RuntimeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"cannot read {path}: it is damaged, or no state of a training run; give another folder")
     return state
 
 
@@ -181,8 +199,32 @@ def load_average(folder: Path) -> dict[str, Tensor]:
     return {name: state["average"][str(i)] for i, name in enumerate(state["model"])}
 
 
+def load_run(model: nn.Module, folder: Path, *kinds: str) -> None:
+    """The averaged weights of a run of one of these kinds; InputError for another one."""
+    state = load_state(folder, "cpu")
+    if (found := state.get("kind")) not in kinds:
+        raise InputError(f"{folder} holds a run of {found or 'another program'}, not of {' or '.join(kinds)}")
+    weights = {name: state["average"].get(str(i)) for i, name in enumerate(state["model"])}
+    if any(weight is None or not weight.isfinite().all() for weight in weights.values()):
+        raise CheckpointError(f"{folder} holds weights that are no numbers; train it again with a lower --rate")
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:  # names and shapes, a page of them
+        raise CheckpointError(f"{folder} has no weights for this model, {type(model).__name__}") from None
+
+
+def finite(loss: Tensor, step: int) -> float:
+    """A loss as a number; LiveRelayError before weights that are none are saved."""
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise LiveRelayError(f"the loss of step {step} is {value}; the last state is kept: go on with a lower --rate")
+    return value
+
+
 def load_into(model: nn.Module, path: Path) -> None:
     """The weights of a safetensors file; CheckpointError where it cannot be read or has those of another model."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file; give a safetensors file with weights")
     try:
         model.load_state_dict(load_file(path, device=str(torch.get_default_device())))
     except SafetensorError as error:
@@ -191,9 +233,22 @@ def load_into(model: nn.Module, path: Path) -> None:
         raise CheckpointError(f"{path} has no weights for this model, {type(model).__name__}") from None
 
 
+def add_common(parser: argparse.ArgumentParser, rate: float) -> None:
+    """What every training takes, with the default of its learning rate."""
+    parser.add_argument(
+        "--minutes", type=positive(float, "minutes"), default=60, help="of this call; another one goes on (60)"
+    )
+    parser.add_argument("--rate", type=positive(float, "steps"), default=rate, help=f"highest learning rate ({rate})")
+    parser.add_argument("--seed", type=number(int, "seeds"), default=0)
+    add_device(parser)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     def take(device: str) -> None:
-        torch.set_default_device(check_device(device))
+        try:
+            torch.set_default_device(check_device(device))
+        except LiveRelayError as error:  # argparse would hide what it says
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     parser.add_argument("--device", type=take, help="cpu, cuda or cuda:N (cpu)")
 
@@ -232,7 +287,7 @@ def run_program(main: Callable[[], None]) -> None:
     except (LiveRelayError, ImportError) as error:
         sys.exit(f"distill: {error}")
     except OSError as error:
-        sys.exit(f"distill: {error.filename or 'input/output'}: {error.strerror or error}")
+        sys.exit(f"distill: {error.filename}: {error.strerror}" if error.filename else f"distill: {error}")
 
 
 def cosine(step: int, total: int, *, warmup: int = 100, lowest: float = 0.05) -> float:

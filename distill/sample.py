@@ -19,13 +19,16 @@ from distill.clips import VOCABULARY, Clip, clip
 from distill.data import BEFORE, FRAMES, LATENTS, encode, features, motion_of, padded
 from distill.flow import many_steps, random_distances, rollout
 from distill.run import (
+    DISTILLED,
+    STUDENT,
+    TEACHER,
     Average,
     Recipe,
     Run,
     add_device,
     fast_precision,
-    load_average,
     load_into,
+    load_run,
     run_program,
     there,
 )
@@ -33,6 +36,7 @@ from distill.toon import DIT, VAE, text_encoder
 from distill.video_dit import Condition, Span, VideoDiT
 from distill.video_vae import VideoVAE
 from liverelay.engine import media
+from liverelay.engine.arguments import number, positive
 from liverelay.engine.errors import MissingExtraError
 
 BLOCKS = LATENTS // 3
@@ -127,16 +131,16 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--teacher", action="store_true")
-    parser.add_argument("--steps", type=int, default=25, help="of the teacher")
-    parser.add_argument("--count", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=positive(int, "steps"), default=25, help="of the teacher")
+    parser.add_argument("--count", type=positive(int, "clips"), default=5)
+    parser.add_argument("--seed", type=number(int, "seeds"), default=0)
     add_device(parser)
     given = parser.parse_args()
     check_pictures()
     media.picture_format(given.out)
     media.check_writable(given.out)
     model = VideoDiT(DIT)
-    model.load_state_dict(load_average(given.run))
+    load_run(model, given.run, DISTILLED, STUDENT, TEACHER)
     Grids(given.vae, given.count, given.seed).draw(model, given.out, teacher=given.teacher, steps=given.steps)
 
 

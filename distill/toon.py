@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill.identity import COLOURS
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.models.text import TextEncoder, text_shapes
 from liverelay.engine.models.vae_config import VAEConfig
@@ -24,13 +25,19 @@ SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
 def write_tokenizer(folder: Path, words: list[str]) -> None:
-    """One token a word, in lower case, of a closed vocabulary; </s> ends a prompt as in umT5."""
+    """One token a word, in lower case, of a closed vocabulary; </s> ends a prompt as in umT5.
+
+    Other words are left out, and a prompt that names no colour is an empty one: no word was learned without a colour.
+    """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *words])}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([
         normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s]"), " "),
+        normalizers.Replace(Regex(r"\bgray\b"), "grey"),
+        normalizers.Replace(Regex(rf"\b(?!({'|'.join(words)})\b)\w+"), " "),
+        normalizers.Replace(Regex(rf"(?m)\A(?!.*\b({'|'.join(COLOURS)})\b).*\z"), ""),
     ])  # fmt: skip
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])

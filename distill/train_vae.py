@@ -25,9 +25,10 @@ from distill.portrait import render
 from distill.run import (
     Average,
     Run,
-    add_device,
+    add_common,
     cosine,
     fast_precision,
+    finite,
     load_average,
     load_into,
     run_program,
@@ -35,9 +36,11 @@ from distill.run import (
 )
 from distill.toon import SIZE, VAE
 from distill.video_vae import VideoVAE
-from liverelay.engine.errors import InputError
+from liverelay.engine.arguments import number, positive
+from liverelay.engine.errors import CheckpointError, InputError
 from liverelay.engine.models.weights import save_tensors
 
+FRAMES = 17  # of a clip
 MOUTH = 10.0  # weight of the mouth's inside beside 1 for what stands still
 
 
@@ -104,7 +107,7 @@ class Plan:
 
 
 def train(pixels: np.ndarray, out: Path, plan: Plan) -> None:
-    """Into a run's folder; `finish` makes the weights for the engine from it."""
+    """Into a run's folder, whenever it ends with the weights for the engine (`finish`)."""
     torch.manual_seed(plan.seed)
     model = VideoVAE(VAE)
     if plan.start is not None:
@@ -114,14 +117,16 @@ def train(pixels: np.ndarray, out: Path, plan: Plan) -> None:
             part.eval().requires_grad_(False)
     optimiser = Optimisers(model, plan.rate, ("encoder.", "decoder."))
     average = Average(model, 0.998)
-    run = Run(out, "a VAE", minutes=plan.minutes, seed=plan.seed)
+    kind = "a VAE's decoder" if plan.decoder_only else "a VAE"
+    run = Run(out, kind, minutes=plan.minutes, seed=plan.seed)
     run.keep(model=model, optimiser=optimiser, average=average)
-    for step in run.steps(plan.steps):
+    for step in run.steps(plan.steps, lambda: finish(out, pixels, whitened=not plan.decoder_only)):
         rng = np.random.default_rng([plan.seed, step])
         video = crops(pixels, rng, **piece(step, plan.images))
         latent = (len(video), VAE.z_dim, (video.shape[2] + 3) // 4, video.shape[3] // 8, video.shape[4] // 8)
         noise = 0.1 * there(rng.standard_normal(latent, dtype=np.float32))
         loss, error, size = loss_of(model, video, noise)
+        finite(loss, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step(plan.rate * cosine(step, plan.steps))
@@ -158,14 +163,23 @@ def finish(folder: Path, pixels: np.ndarray, *, whitened: bool = True) -> Path:
         whiten(model, pixels)
     path = folder / "vae.safetensors"
     save_tensors(path, {name: weight.bfloat16() for name, weight in model.state_dict().items()})
+    print(path, flush=True)
     return path
 
 
-def render_clips(path: Path, count: int = 1600, frames: int = 17) -> None:
+def render_clips(path: Path, count: int = 1600, frames: int = FRAMES) -> None:
     """Clips whose mouths move by chance, uint8 [count, frames, SIZE, SIZE, 3]; the file appears when it is whole."""
     part = path.with_suffix(".part.npy")
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = array(part, np.uint8, (count, frames, SIZE, SIZE, 3))
+    try:
+        _render(array(part, np.uint8, (count, frames, SIZE, SIZE, 3)))
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _render(pixels: np.ndarray) -> None:
+    count, frames = pixels.shape[:2]
     for n in range(count):
         rng = np.random.default_rng([77, n])
         places = np.arange(0, frames + 2, 3)
@@ -178,33 +192,39 @@ def render_clips(path: Path, count: int = 1600, frames: int = 17) -> None:
         pixels[n] = render(Identity.random(rng), motion, SIZE)
         if n % 200 == 199:
             print(f"{n + 1} of {count} clips", flush=True)
-    pixels.flush()
-    part.rename(path)
+
+
+def load_clips(path: Path) -> np.ndarray:
+    """CheckpointError where it is not as `render_clips` leaves it."""
+    try:
+        pixels = np.load(path, mmap_mode="r")
+        shape = pixels.shape
+    except (ValueError, EOFError):
+        shape = ()
+    if len(shape) != 5 or not shape[0] or shape[1] < FRAMES or shape[2:] != (SIZE, SIZE, 3) or pixels.dtype != np.uint8:
+        raise CheckpointError(f"{path} holds no rendered clips; give a name that is free, and they are made")
+    return pixels
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pixels", type=Path, required=True, help="file of rendered clips, made if absent")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=6000, help="steps on single pictures, the first ones")
-    parser.add_argument("--steps", type=int, default=12000, help="steps in all")
-    add_device(parser)
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--images", type=number(int, "steps"), default=6000, help="the first steps, on pictures")
+    parser.add_argument("--steps", type=positive(int, "steps"), default=12000, help="steps in all")
+    add_common(parser, rate=2e-3)
     parser.add_argument("--start", type=Path, help="weights to begin with, as this program writes them")
     parser.add_argument("--decoder-only", action="store_true", help="keep the latents of --start")
-    parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate (0.002)")
-    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if given.decoder_only and given.start is None:
         raise InputError("--decoder-only keeps the latents of finished weights; give them with --start")
     if not given.pixels.exists():
         with torch.device("cpu"):
             render_clips(given.pixels)
-    pixels = np.load(given.pixels, mmap_mode="r")
+    pixels = load_clips(given.pixels)
     train(pixels, given.out, Plan(
         given.images, given.steps, given.minutes, given.seed, given.rate, given.start, given.decoder_only,
     ))  # fmt: skip
-    print(finish(given.out, pixels, whitened=not given.decoder_only))
 
 
 if __name__ == "__main__":

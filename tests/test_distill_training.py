@@ -8,6 +8,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,8 +72,8 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(
     straight = teach(examples, tmp_path / "straight")
     whole_run = Run.steps
 
-    def two(self: Run, until: int) -> object:
-        return whole_run(self, min(until, self.step + 2))
+    def two(self: Run, until: int, *finish: Any) -> object:
+        return whole_run(self, min(until, self.step + 2), *finish)
 
     monkeypatch.setattr(Run, "steps", two)
     for _ in range(2):
@@ -145,13 +146,18 @@ def test_a_causal_student_begins_with_its_teachers_weights(examples: Examples, t
 
 def test_distillation_changes_student_and_fake_score_and_leaves_the_teacher(examples: Examples, tmp_path: Path) -> None:
     teacher = teach(examples, tmp_path / "teacher")
+    student = teach(examples, tmp_path / "student", teacher)
     before = (teacher / "state.pt").read_bytes()
-    dmd.train(examples, tmp_path / "dmd", replace(RECIPE, steps=1), teacher, teacher)
+    dmd.train(examples, tmp_path / "dmd", replace(RECIPE, steps=1), teacher, student)
     state = torch.load(tmp_path / "dmd" / "state.pt", weights_only=True)
     for part in ("model", "fake"):
-        changed = [not torch.equal(state[part][name], weight) for name, weight in load_average(teacher).items()]
+        begun = load_average(teacher if part == "fake" else student)
+        changed = [not torch.equal(state[part][name], weight) for name, weight in begun.items()]
         assert sum(changed) > 200, part
     assert (teacher / "state.pt").read_bytes() == before
+    for swapped in ((student, student), (teacher, teacher)):
+        with pytest.raises(InputError, match=r"holds a run of a .*, not of"):
+            dmd.train(examples, tmp_path / "other", RECIPE, *swapped)
 
 
 def test_the_student_follows_the_difference_of_the_scores(examples: Examples, numbers: np.random.Generator) -> None:

@@ -43,7 +43,7 @@ def toon(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model's checkpoint with random weights, and beside it a teacher's run."""
     pytest.importorskip("transformers")
     from distill.export import export
-    from distill.run import Average
+    from distill.run import TEACHER, Average
     from distill.toon import DIT, VAE
     from distill.video_dit import VideoDiT
     from distill.video_vae import VideoVAE
@@ -55,7 +55,7 @@ def toon(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if not weight.detach().any():  # what training begins with shows nothing
                 weight.data.normal_(std=0.05)
     state = {"model": dit.state_dict(), "average": Average(dit, 0.9).state_dict(), "step": 1, "seconds": 1.0}
-    torch.save(state, folder / "state.pt")
+    torch.save(state | {"kind": TEACHER}, folder / "state.pt")
     export(dit.state_dict(), vae.state_dict(), folder / "checkpoint")
     return folder
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from distill import clips, espeak
 from distill.clips import VOCABULARY, clip
@@ -17,6 +18,8 @@ from distill.motion import RATE, Motion, mouth_track, neutral, random_motion
 from distill.portrait import render, render_still
 from distill.sentences import GRAMMAR, sentence
 from distill.speech import EVALUATION_VOICES, TRAINING_VOICES, speech
+from distill.toon import text_encoder
+from liverelay.engine.errors import OutputError
 
 Numbers = np.random.Generator
 
@@ -229,13 +232,25 @@ def test_prompts_name_what_the_video_shows_and_the_still_does_not(numbers: Numbe
     assert 0.4 < prompts.count("") / 400 < 0.6 and len(set(prompts)) > 40
 
 
+def test_words_that_name_no_colour_do_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    encoder = text_encoder(list(VOCABULARY), tmp_path)
+    empty = encoder.encode("")
+    for prompt in ("A woman talks to the camera.", "a person\ntalks", "the bluish wall behind the person"):
+        assert torch.equal(encoder.encode(prompt), empty), prompt
+    known = encoder.encode("a grey background")
+    assert len(known) == 4
+    for prompt in ("A Gray, endless background!", "  a\nbright grey   background"):
+        assert torch.equal(encoder.encode(prompt), known), prompt
+
+
 def test_the_command_writes_a_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = pytest.importorskip("PIL.Image")
     out = tmp_path / "sheet.png"
     monkeypatch.setattr(sys, "argv", ["clips", "--out", str(out), "--count", "2", "--frames", "20"])
-    assert clips.main() == 0
+    clips.main()
     assert image.open(out).size == (128 * 11 + 4, 2 * (128 + 58))
     monkeypatch.setattr(sys, "argv", ["clips", "--out", str(tmp_path / "nowhere" / "sheet.png")])
-    with pytest.raises(SystemExit, match="does not exist"):
+    with pytest.raises(OutputError, match="does not exist"):
         clips.main()
     assert list(tmp_path.iterdir()) == [out]
