@@ -1,7 +1,7 @@
 """`python -m bench.quality --checkpoint DIR`: what a small talking cartoon model does, on people and speech held out.
 
 Each part prints a table with the goals beside the values. Controls say what a measure could reach: the renderer's own
-frames, and for lip sync the same blurred and through the model's VAE.
+frames, the same blurred, and for lip sync the same through the model's VAE.
 """
 
 from __future__ import annotations

@@ -39,16 +39,20 @@ def is_control(label: str) -> bool:
     return label.startswith("truth") or label.endswith("through the VAE")
 
 
+def lag(row: Result) -> str:
+    return "-" if row["correlation"]["value"] is None else f"{row['lag']:+d}"
+
+
 def lipsync(result: Result) -> list[str]:
-    rows = [[label, span(row["correlation"]), f"{row['lag']:+d}", span(row["offset"], 0), span(row["shuffled"]),
+    rows = [[label, span(row["correlation"]), lag(row), span(row["offset"], 0), span(row["shuffled"]),
              span(row["silent_opening"]), span(row["spoken_opening"])] for label, row in result.items()]  # fmt: skip
     lines = table(["lip sync", "correlation, 95%", "at lag", "maximum at", "other sound", "silence", "speech"], rows)
     for label, row in result.items():
         if is_control(label):
             continue
         value, offset, other = row["correlation"]["value"], row["offset"]["value"], row["shuffled"]["value"]
-        met = value is not None and value >= SYNC and abs(offset) <= 1
-        told = "too little speech" if value is None else f"{value:.3f} at {row['lag']:+d}, maximum at {offset:+d}"
+        met = None if value is None else value >= SYNC and abs(offset) <= 1
+        told = "too little speech" if value is None else f"{value:.3f} at {lag(row)}, maximum at {offset:+d}"
         lines.append(goal(met, f"{label}: correlation >= {SYNC} within +-1 frame ({told})"))
         low, high = (row["shuffled"][end] for end in ("low", "high"))
         near = None if other is None else low <= AROUND_0 and high >= -AROUND_0

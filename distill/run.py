@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import fcntl
 import json
 import math
 import os
@@ -81,6 +82,11 @@ class Run:
         self.step, self.seconds, self._saved = 0, 0.0, time.monotonic()
         self._parts: dict[str, Any] = {}
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / ".lock").open("w")  # held while this object lives
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another program trains in {folder}; wait for it, or give another folder") from None
 
     def keep(self, **parts: Any) -> None:
         """Objects with state_dict and load_state_dict that belong to the run; those of an earlier run are loaded."""

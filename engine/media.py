@@ -46,8 +46,8 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"cannot write {path}: the folder {folder} does not exist")
     if os.path.isdir(path):
         raise OutputError(f"cannot write {path}: it is a folder")
-    if os.path.exists(path) and not os.path.isfile(path):  # its place would be taken by a file
-        raise OutputError(f"cannot write {path}: it is no regular file")
+    if os.path.exists(path) and not (os.path.isfile(path) or path.is_fifo()):  # a file would take its place
+        raise OutputError(f"cannot write {path}: it is a device")
     probe = part_path(target)
     try:
         with open(probe, "wb") as file:

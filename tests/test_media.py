@@ -158,6 +158,8 @@ def test_unwritable_places_are_named(tmp_path: Path) -> None:
         check_writable(tmp_path / "nowhere" / "video.mp4")
     with pytest.raises(OutputError, match="is a folder"):
         check_writable(tmp_path)
+    with pytest.raises(OutputError, match="/dev/null: it is a device"):
+        check_writable(Path("/dev/null"))
     with pytest.raises(OutputError, match="name too long"):
         check_writable(tmp_path / f"{'x' * 300}.mp4")
 

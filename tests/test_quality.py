@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -292,7 +293,7 @@ def test_every_part_runs_on_random_weights(
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {"lipsync.png", "lipsync_lags.png", "lipsync_sheet.png", "prompts_sheet.png", "identity.png",
                         "identity_sheet.png", "ablations.png", "ablations_sheet.png", "teacher_sheet.png"}  # fmt: skip
-    assert "MISSED: small: correlation" in capsys.readouterr().out
+    assert re.search("(MISSED|not measured): small: correlation", capsys.readouterr().out)
 
 
 @pytest.mark.usefixtures("small")
