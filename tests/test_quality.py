@@ -201,7 +201,7 @@ def test_windows_to_look_at_are_all_at_first_and_then_ever_further_apart() -> No
     gaps = np.diff(found)
     assert found[:12] == list(range(12)) and found[-1] in (1998, 1999) and len(found) < 120
     assert gaps.max() < 0.08 * 2000 and len([w for w in found if w >= 1000]) >= 10
-    assert quality_stream.looked_at(20) == {0, 1, 2, 3}
+    assert quality_stream.looked_at(20) == {0, 1, 2}  # of the last one some frames are never made
 
 
 @pytest.mark.usefixtures("small")
