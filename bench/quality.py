@@ -157,9 +157,7 @@ def main() -> int:
         kept = f"; what was done is in {given.json}" if report.kept else ""
         print(f"interrupted in {report.part}{kept}", file=sys.stderr)
         return 130
-    except OSError as error:  # pictures
-        raise SystemExit(f"cannot write {error.filename or given.pictures}: {error.strerror or error}") from None
-    return int(report.failed)
+    return int(report.failed or bool(quality_pictures.missing))
 
 
 if __name__ == "__main__":

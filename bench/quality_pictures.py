@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from liverelay.engine.errors import MissingExtraError, OutputError
 
 Row = tuple[str, Sequence[np.ndarray]]  # a title and frames uint8 [H, W, 3]
 Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]  # name: x and y
+missing: list[Path] = []  # pictures that could not be written
 
 
 def prepare(folder: Path) -> None:
@@ -31,6 +34,17 @@ def spread(frames: np.ndarray, count: int = 10) -> list[np.ndarray]:
     return [frames[int((i + 0.5) * len(frames) / count)] for i in range(min(count, len(frames)))]
 
 
+def _keep(path: Path, save: Callable[[Path], object]) -> None:
+    """A picture that cannot be written is named; what was measured for it goes on."""
+    try:
+        save(path)
+    except OSError as error:
+        missing.append(path)
+        print(f"cannot write {path}: {error.strerror or error}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
 def sheet(path: Path, rows: Sequence[Row]) -> None:
     """Rows of frames, each below its title."""
     from PIL import Image, ImageDraw
@@ -46,7 +60,7 @@ def sheet(path: Path, rows: Sequence[Row]) -> None:
         draw.text((2, top + 2), title, fill="black")
         for column, frame in enumerate(frames):
             picture.paste(Image.fromarray(frame), (column * width, top + 16))
-    picture.save(path)
+    _keep(path, picture.save)
 
 
 def plot(path: Path, panels: Sequence[tuple[str, Curves]], *, across: str, logarithmic: bool = False) -> None:
@@ -59,7 +73,7 @@ def plot(path: Path, panels: Sequence[tuple[str, Curves]], *, across: str, logar
         _panel(axis, name, curves, logarithmic)
     axes[-1, 0].set_xlabel(across)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    _keep(path, lambda path: figure.savefig(path, dpi=110))
 
 
 def _panel(axis: Any, name: str, curves: Curves, logarithmic: bool) -> None:

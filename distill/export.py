@@ -38,7 +38,10 @@ def export(dit: dict[str, torch.Tensor], vae: dict[str, torch.Tensor], out: Path
         out.mkdir(exist_ok=True)
         for path in sorted(part.rglob("*")):
             place = out / path.relative_to(part)
-            place.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, place)
+            if path.is_dir():
+                place.mkdir(exist_ok=True)
+            else:
+                os.replace(path, place)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import sys
 import time
@@ -109,7 +110,8 @@ class Run:
         """Lines of the log past the state: the run was killed, and those steps are made again."""
         path = self.folder / "log.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+        begins = (re.match(r'{"step": (\d+),.*}\n', line) for line in lines)
+        kept = [found[0] for found in begins if found and int(found[1]) <= self.step]
         if kept != lines:
             path.write_text("".join(kept))
 
@@ -191,8 +193,8 @@ def load_state(folder: Path, device: torch.device | str) -> dict[str, Any]:
     path = folder / "state.pt"
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
-        whole = {"model", "average", "step", "seconds"} <= state.keys() and isinstance(state["model"], dict)
-    except (RuntimeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError):
+        whole = {"model", "average", "step", "seconds"} <= state.keys() and len(state["model"]) == len(state["average"])
+    except (RuntimeError, ValueError, EOFError, AttributeError, TypeError, pickle.UnpicklingError):
         whole = False
     if not whole:
         raise CheckpointError(f"cannot read {path}: it is damaged, or no state of a training run; give another folder")
@@ -201,7 +203,10 @@ def load_state(folder: Path, device: torch.device | str) -> dict[str, Any]:
 
 def load_average(folder: Path) -> dict[str, Tensor]:
     """The averaged weights of a run's folder, by the model's names."""
-    state = load_state(folder, "cpu")
+    return _averages(load_state(folder, "cpu"))
+
+
+def _averages(state: dict[str, Any]) -> dict[str, Tensor]:
     return {name: state["average"][str(i)] for i, name in enumerate(state["model"])}
 
 
@@ -210,8 +215,8 @@ def load_run(model: nn.Module, folder: Path, *kinds: str) -> None:
     state = load_state(folder, "cpu")
     if (found := state.get("kind")) not in kinds:
         raise InputError(f"{folder} holds a run of {found or 'another program'}, not of {' or '.join(kinds)}")
-    weights = {name: state["average"].get(str(i)) for i, name in enumerate(state["model"])}
-    if any(weight is None or not weight.isfinite().all() for weight in weights.values()):
+    weights = _averages(state)
+    if not all(weight.isfinite().all() for weight in weights.values()):
         raise CheckpointError(f"{folder} holds weights that are no numbers; train it again with a lower --rate")
     try:
         model.load_state_dict(weights)

@@ -25,6 +25,14 @@ def test_it_is_small_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert "missing" not in capsys.readouterr().out
 
 
+def test_a_prompt_without_a_colour_is_none() -> None:
+    from transformers import AutoTokenizer
+
+    read = AutoTokenizer.from_pretrained(str(BUNDLED / "toon" / "google" / "umt5-xxl"))
+    assert read("A woman talks to the camera.")["input_ids"] == read("")["input_ids"]
+    assert read("A woman in front of a green wall")["input_ids"] == read("a in front of a green wall")["input_ids"]
+
+
 @pytest.fixture(scope="module")
 def talks() -> list[tuple[Clip, np.ndarray]]:
     """Three held-out people with held-out speech, and the model's video of each."""

@@ -157,7 +157,8 @@ def test_the_header_is_strict_c_and_cpp_and_agrees_with_the_protocol(tmp_path: P
     assert f"kControlMagic = 0x{int.from_bytes(MAGIC, 'little'):X}U" in control
 
 
-@pytest.mark.parametrize("sanitizer", ["address", pytest.param("thread", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_the_client_library_is_sound_under_sanitizers(
     server: Server, tmp_path: Path, sanitizer: str, seed: int
 ) -> None:

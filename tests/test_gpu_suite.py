@@ -305,7 +305,7 @@ def test_tiny_stage_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str
 # -- the line ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fp8", ["", "all"])
+@pytest.mark.parametrize("fp8", ["", pytest.param("all", marks=pytest.mark.slow)])
 def test_tiny_line_on_the_cpu(fp8: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "line.json"
     arguments = ["--preset", "tiny", "--device", "cpu", "--seconds", "0.02", "--blocks", "2", "--json", str(path)]

@@ -21,7 +21,9 @@ __all__ = ["parts"]
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("plan", ["0+1+2+3+vae", "0+1,2+3,vae", "0+1,2+3+vae1,vae2"])
+@pytest.mark.parametrize(
+    "plan", ["0+1+2+3+vae", pytest.param("0+1,2+3,vae", marks=pytest.mark.slow), "0+1,2+3+vae1,vae2"]
+)
 def test_replayed_stages_equal_the_rollout(parts: Parts, plan: str, rng: torch.Generator) -> None:
     line, graphs = make_line(parts, plan, places=2), []
     for stage in stages_of(line):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import quality, quality_clips, quality_rollout, quality_stream, quality_tables
+from bench import quality, quality_clips, quality_pictures, quality_rollout, quality_stream, quality_tables
 from bench import quality_measures as measures
 from bench.quality_measures import Array
 from bench.quality_rollout import VARIANTS, Rollout
@@ -294,6 +294,15 @@ def test_every_part_runs_on_random_weights(
     assert pictures == {"lipsync.png", "lipsync_lags.png", "lipsync_sheet.png", "prompts_sheet.png", "identity.png",
                         "identity_sheet.png", "ablations.png", "ablations_sheet.png", "teacher_sheet.png"}  # fmt: skip
     assert re.search("(MISSED|not measured): small: correlation", capsys.readouterr().out)
+
+
+def test_a_picture_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quality_pictures, "missing", [])
+    quality_pictures.sheet(tmp_path / "nowhere" / "x.png", [("a", [np.zeros((8, 8, 3), np.uint8)])])
+    assert quality_pictures.missing == [tmp_path / "nowhere" / "x.png"]
+    assert "nowhere/x.png: No such file" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("small")

@@ -86,6 +86,7 @@ def test_the_video_is_the_same_as_without_a_cut(
         assert np.abs(one.astype(float) - other).mean() < 8  # both are coded, with keyframes at other places
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_no_more_than_was_made_since_the_snapshot(checkpoint: Path, inputs: Path) -> None:
     soundfile.write(inputs / "sound.wav", np.zeros(16000 * 60), 16000)
     command = [sys.executable, "-m", "liverelay.engine", *arguments(checkpoint, inputs, "--snapshot-every", 5)]

@@ -9,6 +9,7 @@ import pytest
 from tests.native_build import build_program, run
 
 
+@pytest.mark.slow
 def test_lines_are_sound_under_address_and_undefined_sanitizer(tmp_path: Path, seed: int) -> None:
     program = build_program(tmp_path, "stage_loop_test", "address")
     assert "5000 jobs" in run(program, "line", 5000, seed)
