@@ -26,7 +26,7 @@ import torch
 from liverelay.engine.relay.handoff import LocalLink, Parcel
 from liverelay.engine.relay.loop import StageLoop
 from liverelay.engine.relay.messages import Block, Done, Event, Failed, Stop
-from liverelay.engine.relay.native_loop import Job, NativeLink, NativeStageLoop, available
+from liverelay.engine.relay.native_loop import Job, NativeLink, NativeStageLoop, native_fault
 
 SHAPES = {"latent": (16, 3, 48, 88)}  # of 704x384
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ class Ring:
 
 def measure(jobs: int, seconds: float) -> dict[str, Any]:
     """Microseconds by kind of loop, with and without a busy thread; the ratio Python to C++ of the gaps' p99."""
-    kinds = [kind for kind in KINDS if kind == "python" or available(CPU)]
+    kinds = [kind for kind in KINDS if kind == "python" or not native_fault(CPU)]
     result: dict[str, Any] = {"jobs": jobs, "job_ms": 1e3 * seconds}
     for load in ("quiet", "busy"):
         for kind in kinds:

@@ -53,11 +53,6 @@ def add_model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="bfloat16 on a GPU, float32 on a CPU")
     add_fp8(p)
     p.add_argument("--backend", metavar="NAME", help="kernel backend or attention, as liverelay kernels lists")
-    p.add_argument(
-        "--loop", choices=("native", "python"),
-        help="what runs the stages, C++ or its Python twin: the same frames (native on CPUs where it was built, else "
-        "python)",
-    )
 
 
 def add_stages(p: argparse.ArgumentParser, device: str, threads: int | None = None) -> None:

@@ -41,6 +41,20 @@ def numbered(device: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 
+def device_fault(device: torch.device) -> str:
+    """The error that a GPU answers every call with since a kernel of this process failed; empty while it works.
+
+    Such an error (an illegal address or instruction) poisons the process's CUDA context for good.
+    """
+    if device.type != "cuda":
+        return ""
+    try:
+        torch.cuda.current_stream(device).query()
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    return ""
+
+
 def use_exact_float32(device: str, dtype: torch.dtype) -> None:
     """Where float32 was asked for, a GPU's convolutions are float32 too: cuDNN's default is TF32 (for the process)."""
     if dtype == torch.float32 and torch.device(device).type == "cuda":

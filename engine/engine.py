@@ -84,8 +84,6 @@ class Engine:
         backend for all operators, or an attention (`liverelay kernels` lists both); None: the fastest.
         fp8: what is in e4m3: "products" (or True), the transformer's large ones; "attention", self-attention with
         arenas of half the size; "all". On a CPU it is only for looking at its error.
-        loop: what runs the stages, "native" (C++) or its twin "python", with the same frames; None: native on CPUs
-        where it was built, python on GPUs.
         say(line) is told what is being loaded. CheckpointError names a file, key or shape that does not fit.
         """
         stream = stream or StreamConfig()
@@ -231,15 +229,17 @@ class Engine:
         if self.leader is not None:
             raise InputError("the stages are in other processes; start the engine in one")
         spec, dits, vaes, dtype = self._spec(geometry), self._dits, self._vaes, self.loader.dtype
-        return [Stage(part, spec, dits.get(part.device), vaes.get(part.device), dtype) for part in self.plan.stages]
+        return [
+            Stage(part, spec, dits.get(part.device), vaes.get(part.device), dtype, say=self.loader.say)
+            for part in self.plan.stages
+        ]
 
     def _make_line(self, geometry: Geometry) -> Pipeline:
         spec, plan = self._spec(geometry), self.plan
         if self.leader is not None:
-            first = Stage(plan.stages[0], spec, self.dit, self.vae, self.loader.dtype)
+            first = Stage(plan.stages[0], spec, self.dit, self.vae, self.loader.dtype, say=self.loader.say)
             return self.leader.build(spec, first, places=self.sessions, observe=self.observe)
-        stages, native = self._make_stages(geometry), self.loader.native
-        return local_pipeline(plan, spec, stages, places=self.sessions, observe=self.observe, native=native)
+        return local_pipeline(plan, spec, self._make_stages(geometry), places=self.sessions, observe=self.observe)
 
     def close(self) -> None:
         """End the stages of all resolutions; open sessions are lost. An interrupt waits until it is done."""

@@ -19,6 +19,10 @@ class BusyError(InputError):
     """There is no place, or no time, for one more session now; it can be tried again, or elsewhere."""
 
 
+class StageLost(LiveRelayError):
+    """A stage of the line has died, hangs, failed or lost its device; the text names it. Its line is over."""
+
+
 class OutputError(LiveRelayError):
     """A result cannot be written where the user wants it."""
 

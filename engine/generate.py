@@ -9,12 +9,12 @@ from typing import Any
 
 from liverelay.engine import media
 from liverelay.engine.engine import DEFAULT_MAX_AREA, Engine, pick_size
+from liverelay.engine.errors import StageLost
 from liverelay.engine.media import ContactSheet, VideoWriter, container_of, picture_format
 from liverelay.engine.models.audio import SAMPLE_RATE, read_audio, resample
 from liverelay.engine.models.image import as_image, prepare_image
 from liverelay.engine.progress import Progress, uninterrupted
 from liverelay.engine.recovery import RecoverableVideo, digest
-from liverelay.engine.relay.ranks import StageLost
 from liverelay.engine.session import Session
 from liverelay.engine.stream import Chunk, Samples
 

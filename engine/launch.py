@@ -38,7 +38,7 @@ class LineOptions:
 def load_options(a: argparse.Namespace, say: Say | None) -> LoadOptions:
     """What `arguments.add_model` has read, for `Engine.load`."""
     dtype = None if a.dtype is None else getattr(torch, a.dtype)
-    return {"lora": a.lora, "dtype": dtype, "backend": a.backend, "fp8": a.fp8, "loop": a.loop, "say": say}
+    return {"lora": a.lora, "dtype": dtype, "backend": a.backend, "fp8": a.fp8, "say": say}
 
 
 def make_plan(options: LineOptions, ranks: RankEnvironment | None, steps: int) -> Plan:
@@ -88,13 +88,13 @@ def serve(loader: Loader, group: Group, plan: Plan) -> None:
     def make_stage(spec: LineSpec) -> Stage:
         if dit is not None and loader.backend is None:
             dit.choose_attention(spec.geometry, loader.say)
-        return Stage(mine, spec, dit, vae, loader.dtype)
+        return Stage(mine, spec, dit, vae, loader.dtype, say=loader.say)
 
-    RankServer(group, plan, make_stage, loader.native).run()
+    RankServer(group, plan, make_stage).run()
 
 
 def lead(loader: Loader, group: Group, plan: Plan, stream: StreamConfig) -> Engine:
     """The engine of rank 0, whose line goes over all ranks."""
     engine = Engine.assemble(loader, plan, stream, own=0)
-    engine.leader = Leader(group, plan, loader.native)
+    engine.leader = Leader(group, plan)
     return engine

@@ -54,22 +54,31 @@ class Keys(Graphs):
         self.met.add(key)
         work()
 
+    def has(self, key: Hashable) -> bool:
+        return key in self.met and test_relay.kind == "python"  # C++ would replay what was not recorded
 
+
+@pytest.mark.parametrize(("sizes", "graphs"), [(("row", "valid"), 7), ((), 1)], ids=["on the host", "on the device"])
 def test_a_first_session_finds_all_its_graphs(
-    parts: Parts, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    parts: Parts, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, sizes: tuple[str, ...], graphs: int
 ) -> None:
+    """sizes: what of a block's place in the arena is in the launches; graphs: of a step, for all of a ring's blocks."""
     line = make_line(parts, "0+1,2+3+vae")
-    first, last = stages_of(line)
+    (first, last), said = stages_of(line), list[str]()
     for stage in (first, last):
         stage.graphs = Keys()
-        monkeypatch.setattr(stage.dit, "variant", lambda place: (place.row, place.valid))  # of our kernels
+        stage.say = said.append
+        monkeypatch.setattr(stage.dit, "variant", lambda place: tuple(getattr(place, name) for name in sizes))
     given, blocks = session(parts, rng, 11)
     serial = line.open(given)
     begun = videos(line, serial, blocks[:1])
     early = [set(stage.graphs.met) for stage in (first, last)]
     assert equal(begun + videos(line, serial, blocks[1:], 1), expected(parts, given, blocks))
     assert [stage.graphs.met for stage in (first, last)] == early
-    assert [len(keys) for keys in early] == [1 + 2 * 7, 1 + 2 * 7 + 1]  # sound; steps x (slots and fill levels); video
+    assert [len(keys) for keys in early] == [1 + 2 * graphs, 1 + 2 * graphs + 1]  # sound; two steps; video
+    assert sum("decoder" in line for line in said) == 1
+    if test_relay.kind == "python":
+        assert sum("of block" in line for line in said) == 2 * graphs
     line.close()
 
 

@@ -39,8 +39,8 @@ kind = "native"  # of the lines that `make_line` makes
 def parts(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Parts]:
     global kind
     kind = request.param
-    if kind == "native" and not native_loop.available(torch.device("cpu")):
-        pytest.skip("the compiled module was not built")
+    if kind == "native" and (fault := native_loop.native_fault(torch.device("cpu"))):
+        pytest.skip(fault)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     engine = Engine.load(checkpoint, device="cpu", dtype=torch.float32, stream=StreamConfig())
@@ -54,7 +54,7 @@ def make_line(parts: Parts, plan: str, **options: Any) -> Pipeline:
     engine, spec = parts
     planned = parse_plan(plan, ["cpu"] * (plan.count(",") + 1))
     stages = [Stage(part, spec, engine.dit, engine.vae, torch.float32) for part in planned.stages]
-    line = local_pipeline(planned, spec, stages, native=None if kind == "native" else False, **options)
+    line = local_pipeline(planned, spec, stages, native=kind == "native", **options)
     assert all(type(worker.loop) is KINDS[kind] for worker in line.workers)  # type: ignore[attr-defined]
     return line
 

@@ -38,7 +38,7 @@ def test_a_polite_kill_removes_the_socket_and_the_rings(
 ) -> None:
     path, lines, trace = tmp_path / "s", tmp_path / "t.jsonl", tmp_path / "t.json"
     command = [sys.executable, "-m", "liverelay.engine", "serve", "--checkpoint", str(checkpoint), "--socket", path]
-    command += ["--threads", "1", "--loop", "python", "--telemetry", lines, "--trace", trace]
+    command += ["--threads", "1", "--telemetry", lines, "--trace", trace]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and "serving" in process.stdout.readline()
         client = ServingClient(path)

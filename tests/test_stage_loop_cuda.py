@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from liverelay.engine.relay.native_loop import available
+from liverelay.engine.relay.native_loop import native_fault
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.skipif(not available(torch.device("cpu")), reason="the compiled module was not built")
+pytestmark = pytest.mark.skipif(bool(native_fault(torch.device("cpu"))), reason="the compiled module was not built")
 
 SETUP = """
 import ctypes, json, sys, threading, time

@@ -248,9 +248,13 @@ class DiT:
     def variant(self, place: Place) -> tuple[int, ...]:
         """What of `fill_block` is in the launches of `compute_block` themselves: a graph holds for these numbers.
 
-        Ring slot and fill level; in plain PyTorch also whether the sink moves, which our kernel reads on the device.
+        Ring slot and fill level, and whether the sink moves. Our kernels read all three on the device; with an arena
+        in FP8 nothing else looks at them. In the working dtype values are projected straight into the ring slot, and
+        a library may attend to the arena, so slot and fill level stay.
         """
-        return (place.row, place.valid, *([place.moved] if self.ops.qk_norm_rope is torch_ops.qk_norm_rope else []))
+        if self.ops.qk_norm_rope is torch_ops.qk_norm_rope:
+            return place.row, place.valid, int(place.moved)
+        return () if self.fp8_attention else (place.row, place.valid)
 
     def compute_block(
         self, ws: Workspace, arena: Arena, tables: TimestepTables, latent: Tensor,

@@ -7,7 +7,7 @@ block's own; so a block is prepared only when nothing that Python computes is un
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from liverelay.engine.models.geometry import reference_position
 from liverelay.engine.relay.messages import Block, Event, Finished
-from liverelay.engine.relay.stage import Place, Stage
+from liverelay.engine.relay.stage import Stage
 
 if TYPE_CHECKING:
     from liverelay.engine._C import StageProgram
@@ -76,7 +76,7 @@ class Captured:
             return False
         if not place.arenas:
             return place.decoder is not None  # without both there is nothing that could have been captured
-        return all(stage.graphs.has(key) for key in (*self._step_keys(block, place), "audio"))
+        return all(stage.graphs.has(key) for key in (*stage.step_keys(block), "audio"))
 
     def prepare(self, index: int, block: Block) -> Prepared:
         """A block that is ready, after all that came before it was prepared or done. index: the stage's."""
@@ -86,15 +86,15 @@ class Captured:
             made.adders.append(lambda program: stage.graphs.add(program, key))
 
         if stage.dit is not None:
-            keys, words = self._step_keys(block, place), stage.workspace.words
+            keys, start, words = stage.step_keys(block), stage.start_of(block), stage.workspace.words
             launch("audio")
             drafts = self._words.take((len(place.arenas), *words.shape), words)
             made.taken.append((self._words, drafts))
-            for draft, (step, arena) in zip(drafts, place.arenas.items(), strict=True):
-                launch_key, start, reference = next(keys), self._start(block), self._reference(block, step)
+            for key, draft, (step, arena) in zip(keys, drafts, place.arenas.items(), strict=True):
+                reference = reference_position(start, block.distances[step])
                 draft.copy_(stage.dit.draft_block(stage.workspace, arena, start, reference))
                 made.copy(words, draft)
-                launch(launch_key)
+                launch(key)
         if place.decoder is not None:
             launch(self._decode_key(block))
         if stage.plan.makes_video and place.decoder is None:
@@ -105,18 +105,6 @@ class Captured:
             made.copy(frames, stage.video)
             made.answers.append(lambda: Finished(index, block.serial, block.block, frames.numpy().copy()))
         return made
-
-    def _start(self, block: Block) -> int:
-        return block.block * self.stage.spec.geometry.frames_per_block
-
-    def _reference(self, block: Block, step: int) -> int:
-        return reference_position(self._start(block), block.distances[step])
-
-    def _step_keys(self, block: Block, place: Place) -> Iterator[Hashable]:
-        for step, arena in place.arenas.items():
-            moved = self._reference(block, step) != arena.reference_position
-            placed = self.stage.workspace.place_at(self._start(block), moved)
-            yield self.stage.step_key(block.place, step, placed)
 
     @staticmethod
     def _decode_key(block: Block) -> Hashable:

@@ -1,12 +1,13 @@
-"""The loop of one stage: commands in order, blocks from the link, answers to the leader. One thread runs it.
+"""The loop of one stage in Python: commands in order, blocks from the link, answers to the leader.
 
-On a GPU the loop launches a block while the one before it is still computed and tells of a block when its event has
-come; nothing waits for the device in between.
+On a GPU the loop launches a block while the one before it is still computed; nothing waits for the device in between.
+There it has two threads: one launches, the other tells of each block as soon as the device has finished it.
 """
 
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liverelay.engine.devices import device_fault
+from liverelay.engine.errors import StageLost
 from liverelay.engine.relay.handoff import Link, LinkClosed
 from liverelay.engine.relay.messages import (
     Block,
@@ -35,55 +38,135 @@ from liverelay.engine.relay.messages import (
 from liverelay.engine.relay.stage import Stage, set_device
 
 Emit = Callable[[Event], None]
-AHEAD = 1  # blocks that are launched and not waited for yet, while another one is launched
+AHEAD = 1  # blocks that may be under way on the device while another one is launched
+
+
+def stage_lost(stage: Stage, error: object) -> StageLost:
+    """What ends a line whose stage has lost its GPU."""
+    return StageLost(f"stage {stage.plan.name} has lost {stage.device}: {error}")
+
+
+class Teller:
+    """Tells of launched blocks, in order, each as soon as the device has finished it."""
+
+    def __init__(self) -> None:
+        self._launched: deque[tuple[Any, float, Callable[[], None]]] = deque()
+        self._changed = threading.Condition()
+        self._over = self._broken = False
+
+    @property
+    def waiting_since(self) -> float | None:
+        """When the oldest block under way was launched, on the clock `time.monotonic`; None without one."""
+        with self._changed:
+            return self._launched[0][1] if self._launched else None
+
+    def add(self, event: Any, tell: Callable[[], None]) -> None:
+        """A block was launched; event: recorded behind it on the device."""
+        with self._changed:
+            self._launched.append((event, time.monotonic(), tell))
+            self._changed.notify_all()
+
+    def settle(self, left: int) -> None:
+        """Wait until no more than `left` blocks are under way. LinkClosed where telling has failed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._broken or len(self._launched) <= left)
+            if self._broken:
+                raise LinkClosed
+
+    def end(self) -> None:
+        """No more blocks will come."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+    def run(self) -> None:
+        """Tell until the end; what goes wrong is raised, and nothing more is told."""
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._launched or self._over)
+                    if not self._launched:
+                        return
+                    event, _, tell = self._launched[0]
+                event.synchronize()
+                tell()
+                with self._changed:
+                    self._launched.popleft()
+                    self._changed.notify_all()
+        except BaseException:
+            with self._changed:
+                self._broken = True
+                self._changed.notify_all()
+            raise
 
 
 class StageLoop:
     """Runs a stage. `put` may be called from any thread; `run` is the thread's body and returns after `Stop`.
 
     index: the stage's number in the plan; source: where its blocks come from; target: where they go, None for the
-    last stage; emit: takes answers, from the loop's thread.
+    last stage; emit: takes answers, from the loop's threads.
     """
 
     def __init__(self, index: int, stage: Stage, source: Link, target: Link | None, emit: Emit) -> None:
         self.index, self.stage, self.source, self.target, self.emit = index, stage, source, target, emit
         self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._since: float | None = None
-        self._launched: deque[tuple[torch.cuda.Event, Callable[[], None]]] = deque()
+        self._teller: Teller | None = None  # on a GPU, while the loop runs
 
     @property
     def working_since(self) -> float | None:
         """When the command that is worked on was begun, on the clock `time.monotonic`; the watchdog looks."""
-        return self._since
+        teller = self._teller
+        return self._since or (teller.waiting_since if teller is not None else None)
 
     def put(self, command: Command) -> None:
         if isinstance(command, Block):
             self.source.expect()
         self.inbox.put(command)
 
+    @torch.inference_mode()  # whoever takes an answer may send the next block into a stage's buffers
     def run(self) -> None:
         """Work until `Stop`. What goes wrong with a session is told and the loop goes on; its links' end ends it."""
+        if not self._asynchronous:
+            return self._work()
+        self._teller = Teller()
+        worker = threading.Thread(target=self._work, name=f"{threading.current_thread().name} loop", daemon=True)
+        worker.start()
+        try:
+            set_device(self.stage.device)
+            self._teller.run()
+        except BaseException as error:
+            fault = device_fault(self.stage.device)
+            return self._fail(stage_lost(self.stage, fault) if fault else error)
+        worker.join()
+
+    def _work(self) -> None:
+        """The commands, in order; device and inference mode are a thread's own."""
         try:
             set_device(self.stage.device)
             with torch.inference_mode():
                 while not isinstance(command := self._next(), Stop):
                     self._do(command)
-                self._settle(0)
         except LinkClosed:
             pass
         except BaseException as error:
-            self.emit(Failed(self.index, -1, error))
+            self._fail(error)
         finally:
             self._since = None
+            if self._teller is not None:
+                self._teller.end()
+
+    @property
+    def _asynchronous(self) -> bool:
+        """Whether work is launched rather than done when a call returns."""
+        return self.stage.device.type == "cuda"
+
+    def _fail(self, error: BaseException) -> None:
+        """The stage is lost, and its line with it."""
+        self.emit(Failed(self.index, -1, error))
 
     def _next(self) -> Command:
-        """The next command; what was launched is waited for where there is none yet."""
         self._since = None
-        if self._launched:
-            try:
-                return self.inbox.get_nowait()
-            except queue.Empty:
-                self._settle(0)
         return self.inbox.get()
 
     def _do(self, command: Command) -> None:
@@ -106,7 +189,13 @@ class StageLoop:
                 self._settle(0)
                 self.emit(Saved(self.index, command.serial, *stage.save(place)))
         except Exception as error:
-            self.emit(Failed(self.index, command.serial, error))
+            self._lose_session(command.serial, error)
+
+    def _lose_session(self, serial: int, error: Exception) -> None:
+        """What went wrong costs one session; StageLost where it cost the stage its GPU, and so every session."""
+        if fault := device_fault(self.stage.device):
+            raise stage_lost(self.stage, fault) from error
+        self.emit(Failed(self.index, serial, error))
 
     def _block(self, command: Block) -> None:
         asked = time.perf_counter()
@@ -116,7 +205,7 @@ class StageLoop:
         try:
             answers = self._compute(command)
         except Exception as error:  # the block goes on along the line, whose order is fixed; nobody takes its result
-            self.emit(Failed(self.index, command.serial, error))
+            self._lose_session(command.serial, error)
         computed, ended = self._event(), time.perf_counter()
         if self.target is not None:
             self.target.send(self.stage.outgoing)
@@ -129,10 +218,10 @@ class StageLoop:
                 self.emit(answer())
             self.emit(Done(self.index, command.serial, command.block, asked, start, done, time.perf_counter()))
 
-        if computed is None:
+        if self._teller is None:
             tell()
         else:
-            self._launched.append((computed, tell))
+            self._teller.add(computed, tell)
             self._settle(AHEAD)
 
     def _compute(self, command: Block) -> list[Callable[[], Event]]:
@@ -156,18 +245,16 @@ class StageLoop:
         return answers
 
     def _event(self) -> Any:
-        if self.stage.device.type != "cuda":
+        if not self._asynchronous:
             return None
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def _settle(self, left: int) -> None:
-        """Wait until no more than `left` launched blocks are under way, and tell of those that are done."""
-        while len(self._launched) > left:
-            event, tell = self._launched.popleft()
-            event.synchronize()
-            tell()
+        """Wait until no more than `left` launched blocks are under way; the others have been told."""
+        if self._teller is not None:
+            self._teller.settle(left)
 
 
 def on_host(tensor: Tensor) -> Tensor:

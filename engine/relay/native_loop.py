@@ -1,5 +1,7 @@
 """The loop of one stage in C++ (csrc/stage_loop.h), with interface and answers of its readable twin, `StageLoop`.
 
+Stages on GPUs run here, all others in Python: on a CPU there are no graphs, so C++ would call Python for every block.
+
 Two threads: one is in C++ and holds the interpreter's lock only while it calls Python for a job; the other tells the
 leader, so nobody who takes an answer holds up the stage. Links within the process are C++ too (`NativeLink`), others
 are called. What a stage computes is called, but for blocks whose graphs are all captured.
@@ -11,16 +13,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from liverelay.engine import native
-from liverelay.engine.errors import InputError, LiveRelayError
+from liverelay.engine.devices import device_fault
+from liverelay.engine.errors import LiveRelayError
 from liverelay.engine.relay.captured import Captured
 from liverelay.engine.relay.dispatch import BUFFERS
 from liverelay.engine.relay.handoff import Link, LinkClosed, LocalLink, Parcel, Shapes
-from liverelay.engine.relay.loop import AHEAD, Emit, StageLoop
+from liverelay.engine.relay.loop import AHEAD, Emit, StageLoop, stage_lost
 from liverelay.engine.relay.messages import Block, Command, Done, Event, Failed, Stop
 from liverelay.engine.relay.stage import Stage, set_device
 
@@ -30,52 +33,45 @@ if TYPE_CHECKING:
 
 HOST = -1  # instead of a GPU's number
 Part = tuple[int, int, int]  # offset in a link's buffer, address of the stage's memory, bytes
-Loop = Literal["native", "python"]
 Told = tuple[int, float, float, float, float, str]
 
 
-def available(device: torch.device, wanted: bool | None = None) -> bool:
-    """Whether stages on this device run in C++. wanted: False for the twin, True for C++ where it was built; by
-    default C++ on CPUs, and the twin on GPUs until C++ has been proven there."""
-    if wanted is False or not hasattr(native.module(), "StageLoop"):
-        return False
-    return device.type == "cpu" or (wanted is True and not _gpu_fault())
-
-
-def _gpu_fault() -> str:
-    """Why no GPU's stage can run in C++; an empty text where it can."""
+def native_fault(device: torch.device) -> str:
+    """Why stages on this device cannot run in C++; empty where they can."""
+    module: Any = native.module()
+    if not hasattr(module, "StageLoop"):
+        return "the compiled module was not built: that needs a C++ compiler and cmake"
+    if device.type == "cpu":
+        return ""
     if not hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph_exec"):
         return "this PyTorch does not hand out its CUDA graphs"
-    module: Any = native.module()
     return str(module.cuda_open())
 
 
-def wanted_loop(loop: Loop | None, devices: Sequence[str]) -> bool | None:
-    """`wanted` of the functions here for a user's choice. Where C++ was asked for and there is none: LiveRelayError."""
-    if loop not in (None, "native", "python"):
-        raise InputError(f"there is no loop '{loop}'; give native or python")
-    if loop == "native":
-        native.check("the native loop", "StageLoop")
-        if any(torch.device(device).type == "cuda" for device in devices) and (fault := _gpu_fault()):
-            raise InputError(f"the native loop cannot run on a GPU here: {fault}; take the loop python")
-    return None if loop is None else loop == "native"
+def runs_native(device: torch.device) -> bool:
+    """Whether this device's stages run in C++: those of a GPU, where that can be. The frames are the same."""
+    return device.type == "cuda" and not native_fault(device)
 
 
 def make_loop(
-    index: int, stage: Stage, source: Link, target: Link | None, emit: Emit, *, wanted: bool | None = None
+    index: int, stage: Stage, source: Link, target: Link | None, emit: Emit, *, native: bool | None = None
 ) -> StageLoop:
-    """A stage's loop; wanted: as for `available`."""
-    kind = NativeStageLoop if available(stage.device, wanted) else StageLoop
+    """A stage's loop. native: tests and benchmarks force C++ (True) or Python; None: `runs_native`."""
+    kind = NativeStageLoop if _chosen(stage.device, native) else StageLoop
     return kind(index, stage, source, target, emit)
 
 
 def make_local_link(
     shapes: Shapes, device: torch.device, dtype: torch.dtype, devices: Sequence[torch.device],
-    wanted: bool | None = None,
+    native: bool | None = None,
 ) -> LocalLink:
     """A link within this process. devices: of both ends; events of a native link belong to one device."""
     same = all(other == device for other in devices)
-    return (NativeLink if same and available(device, wanted) else LocalLink)(shapes, device, dtype)
+    return (NativeLink if same and _chosen(device, native) else LocalLink)(shapes, device, dtype)
+
+
+def _chosen(device: torch.device, native: bool | None) -> bool:
+    return runs_native(device) if native is None else native
 
 
 class NativeLink(LocalLink):
@@ -260,7 +256,7 @@ class NativeStageLoop(StageLoop):
         try:
             answers = self._compute(command)
         except Exception as error:  # the block goes on along the line, whose order is fixed; nobody takes its result
-            return self._keep(Failed(self.index, command.serial, error))
+            return self._lose_session(command.serial, error)
         if self.stage.device.type == "cuda":
             job.answers += answers  # when the device got so far
         else:
@@ -283,6 +279,8 @@ class NativeStageLoop(StageLoop):
             self._called -= job.called
             self._pump()
         command = job.command
+        if fault and (lost := device_fault(self.stage.device)):
+            raise stage_lost(self.stage, lost)
         if fault:
             self._tell(Failed(self.index, command.serial, LiveRelayError(f"stage {self.stage.plan.name}: {fault}")))
         else:

@@ -361,8 +361,7 @@ def local_pipeline(
     plan: Plan, spec: LineSpec, stages: Sequence[Stage], *, places: int = 1, observe: Observer | None = None,
     make_link: MakeLink | None = None, native: bool | None = None,
 ) -> Pipeline:
-    """All stages in threads of this process. make_link: of the links between them; native: False for loops and links
-    in Python, True for C++ where it was built, also on GPUs."""
+    """All stages in threads of this process. make_link: of the links between them; native: as for `make_loop`."""
     devices = [stage.device for stage in stages]
     parcels = [(stage.spec.parcel_of(stage.plan), stage.device, stage.parcel.flat.dtype) for stage in stages]
     entry = make_local_link(*parcels[0], devices[:1], native)
@@ -371,5 +370,5 @@ def local_pipeline(
         links.append(make_link(*parcel) if make_link else make_local_link(*parcel, devices[i : i + 1], native))
     pipeline = Pipeline(plan, spec, entry, places=places, observe=observe)
     ways = zip(stages, links, [*links[1:], None], strict=True)
-    pipeline.workers = [LocalWorker(make_loop(i, *way, pipeline.handle, wanted=native)) for i, way in enumerate(ways)]
+    pipeline.workers = [LocalWorker(make_loop(i, *way, pipeline.handle, native=native)) for i, way in enumerate(ways)]
     return pipeline

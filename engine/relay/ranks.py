@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from liverelay.engine.errors import LiveRelayError
+from liverelay.engine.errors import LiveRelayError, StageLost
 from liverelay.engine.relay.group import START_S, Abort, Beat, Build, End, Group, Ready
 from liverelay.engine.relay.messages import Command, Event, Failed, Stop
 from liverelay.engine.relay.native_loop import make_local_link, make_loop
@@ -29,12 +29,10 @@ LAST_WORDS_S = 0.5  # that a process which is told to end waits for the reason
 MakeStage = Callable[[LineSpec], Stage]
 
 
-class StageLost(LiveRelayError):
-    """A stage of the line has died, hangs or failed; the text names it."""
-
-
 def portable(error: BaseException, name: str) -> LiveRelayError:
     """An error that another process can take, and that says where it came from."""
+    if isinstance(error, StageLost):  # it names the stage
+        return error
     kind = "" if isinstance(error, LiveRelayError) else f"{type(error).__name__}: "
     text = (str(error).strip() or repr(error)).splitlines()[0]
     return StageLost(f"stage {name}: {kind}{text}")
@@ -44,10 +42,10 @@ def portable(error: BaseException, name: str) -> LiveRelayError:
 
 
 class RankServer:
-    """Runs one stage for the leader until it says `End`. native: of its loop, as in `make_loop`."""
+    """Runs one stage for the leader until it says `End`."""
 
-    def __init__(self, group: Group, plan: Plan, make_stage: MakeStage, native: bool | None = None) -> None:
-        self.group, self.plan, self._make_stage, self._native = group, plan, make_stage, native
+    def __init__(self, group: Group, plan: Plan, make_stage: MakeStage) -> None:
+        self.group, self.plan, self._make_stage = group, plan, make_stage
         self.name = plan.stages[group.rank].name
         self.channel = group.channels[0]
         self._worker: LocalWorker | None = None
@@ -102,7 +100,7 @@ class RankServer:
             fault, stage = str(portable(error, self.name)), None
         if stage is not None:
             links = self.group.links(self.plan, stage)
-            loop = make_loop(self.group.rank, stage, *links, self._emit, wanted=self._native)
+            loop = make_loop(self.group.rank, stage, *links, self._emit)
             self._worker = LocalWorker(loop, [link for link in links if link is not None])
         self.channel.put(Ready(fault))
 
@@ -169,11 +167,10 @@ class RemoteWorker:
 
 
 class Leader:
-    """Rank 0: builds lines over all ranks, watches them, and tells everybody when one is lost. native: of its own
-    stage's loop, as in `make_loop`."""
+    """Rank 0: builds lines over all ranks, watches them, and tells everybody when one is lost."""
 
-    def __init__(self, group: Group, plan: Plan, native: bool | None = None) -> None:
-        self.group, self.plan, self._native = group, plan, native
+    def __init__(self, group: Group, plan: Plan) -> None:
+        self.group, self.plan = group, plan
         self.error: StageLost | None = None
         self._line: Pipeline | None = None
         self._own: LocalWorker | None = None
@@ -207,9 +204,9 @@ class Leader:
             worker.channel.put(Build(spec))
         _, target = self.group.links(self.plan, stage)
         shapes = spec.parcel_of(self.plan.stages[0])
-        entry = make_local_link(shapes, stage.device, stage.dtype, [stage.device], self._native)
+        entry = make_local_link(shapes, stage.device, stage.dtype, [stage.device])
         line = Pipeline(self.plan, spec, entry, places=places, observe=observe)
-        self._own = LocalWorker(make_loop(0, stage, entry, target, line.handle, wanted=self._native), [target])
+        self._own = LocalWorker(make_loop(0, stage, entry, target, line.handle), [target])
         line.workers = [self._own, *self.workers]
         self._wait_ready()
         self._line = line

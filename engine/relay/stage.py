@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
@@ -24,9 +25,9 @@ from liverelay.engine.relay.graph import Graphs
 from liverelay.engine.relay.handoff import Parcel
 from liverelay.engine.relay.messages import Block, Tensors
 from liverelay.engine.relay.plan import StagePlan
-from liverelay.kernels.contract import Place as ArenaPlace
 
 OnStep = Callable[[int, Tensor], None]
+Say = Callable[[str], None]
 NOBODY = -1
 
 
@@ -91,14 +92,16 @@ class Stage:
 
     dit: where it has steps, vae: where it decodes, both on its device; without one, latents stay latents. The buffers
     that a block-step works in, and the shadow in which the sink of a new reference is made, belong to the stage:
-    sessions use them in turn.
+    sessions use them in turn. say: is told what a first session waits for.
     """
 
     def __init__(
-        self, plan: StagePlan, spec: LineSpec, dit: DiT | None, vae: VAE | None, dtype: torch.dtype
+        self, plan: StagePlan, spec: LineSpec, dit: DiT | None, vae: VAE | None, dtype: torch.dtype, *,
+        say: Say = lambda line: None,
     ) -> None:
         self.plan, self.spec, self.device, self.dtype = plan, spec, numbered(plan.device), dtype
         self.dit, self.vae = (dit if plan.steps else None), (vae if plan.decode else None)
+        self.say = say
         self.parcel = self.outgoing = Parcel(spec.parcel_of(plan), self.device, self.dtype)
         self.graphs = Graphs(self.device)
         self.places: dict[int, Place] = {}
@@ -173,12 +176,18 @@ class Stage:
         captured as its blocks come, each behind the block that is computed meanwhile, because others are being served.
         """
         place, spec = self.places[number], self.spec
-        slots = spec.geometry.ring_frames // spec.geometry.frames_per_block
-        for block in range(2 * slots - 1):  # until all slots have met a full ring
-            self.denoise(number, Block(number, NOBODY, block, (0,) * len(spec.schedule.timesteps)))
+        slots, began = spec.geometry.ring_frames // spec.geometry.frames_per_block, time.monotonic()
+        blocks = 2 * slots - 1  # until all slots have met a full ring
+        for index in range(blocks):
+            block = Block(number, NOBODY, index, (0,) * len(spec.schedule.timesteps))
+            if not all(self.graphs.has(key) for key in self.step_keys(block)):
+                self.say(f"stage {self.plan.name}: capturing the CUDA graphs of block {index + 1} of at most {blocks}")
+                self.denoise(number, block)
         if self.vae is not None and place.decoder is not None:
+            self.say(f"stage {self.plan.name}: capturing the decoder's CUDA graph")
             place.decoder.first = not spec.stream.prime_latents
             self.decode(number, 0)
+        self.say(f"stage {self.plan.name}: {self.graphs.count} CUDA graphs after {time.monotonic() - began:.1f} s")
 
     def _prefill(self, place: Place, arena: Arena, reference: Tensor) -> None:
         assert self.dit is not None and place.text is not None and place.motion is not None
@@ -203,19 +212,27 @@ class Stage:
             for arena in place.arenas.values():
                 arena.copy_sink(self.shadow)
             self.shadow_of = NOBODY
-        start, parts = block.block * spec.geometry.frames_per_block, self.parcel.parts
+        start, parts, keys = self.start_of(block), self.parcel.parts, self.step_keys(block)
         self.graphs.run("audio", self._hear)
-        for step, arena in place.arenas.items():
+        for key, (step, arena) in zip(keys, place.arenas.items(), strict=True):
             dit.fill_block(self.workspace, arena, start, reference_position(start, block.distances[step]))
-            key = self.step_key(number, step, self.workspace.place)
             self.graphs.run(key, functools.partial(self._step, step, place))
             if on_step:
                 on_step(step, parts["latent"])
 
-    def step_key(self, number: int, step: int, placed: ArenaPlace) -> Hashable:
-        """Of the graph of a place's step, for a block that stands there in its arena."""
-        assert self.dit is not None
-        return number, step, *self.dit.variant(placed)
+    def start_of(self, block: Block) -> int:
+        """The block's first latent frame in its stream."""
+        return block.block * self.spec.geometry.frames_per_block
+
+    def step_keys(self, block: Block) -> list[Hashable]:
+        """Of the graphs of the block's steps at this stage, before any of them has run; they change nothing."""
+        if self.dit is None:
+            return []
+        start, keys = self.start_of(block), list[Hashable]()
+        for step, arena in self.places[block.place].arenas.items():
+            moved = reference_position(start, block.distances[step]) != arena.reference_position
+            keys.append((block.place, step, *self.dit.variant(self.workspace.place_at(start, moved))))
+        return keys
 
     def _hear(self) -> None:
         """The sound of the parcel, as the layers take it, for all steps of this stage."""

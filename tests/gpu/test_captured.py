@@ -17,7 +17,7 @@ from liverelay.engine import Engine
 from liverelay.engine.models.workspace import STAGED, Staging
 from liverelay.engine.relay.graph import Graphs
 from liverelay.engine.relay.handoff import LocalLink
-from liverelay.engine.relay.native_loop import available
+from liverelay.engine.relay.native_loop import native_fault
 from liverelay.engine.relay.pipeline import local_pipeline
 from liverelay.engine.relay.plan import Plan, StagePlan, parse_plan
 from liverelay.engine.relay.remote import self_loop
@@ -77,8 +77,8 @@ def test_captured_blocks_equal_those_launched_one_by_one(model: Model, stage: St
     assert all(map(torch.equal, eager, captured))
     again = videos(model, stage)  # another session in the same place
     assert all(map(torch.equal, eager, again)) and set(stage.graphs.captured) == made
-    # Sound; steps x (ring slots and fill levels); video.
-    assert len(made) == 1 + len(ALL) * 7 + 1
+    # Sound; steps x (ring slots and fill levels, but for FP8 arenas, of which all sizes are read on the device); video.
+    assert len(made) == 1 + len(ALL) * (1 if model.fp8 == "all" else 7) + 1
 
 
 @torch.inference_mode()
@@ -182,8 +182,8 @@ def test_the_engine_as_it_comes_makes_the_same_video_twice(checkpoint: Path, num
 
 @pytest.mark.parametrize("plan", ["0+1+2+3+vae", "0+1,2+3,vae", "0+1,2+3+vae1,vae2"])
 def test_the_loop_in_cpp_gives_the_frames_of_its_twin(model: Model, plan: str) -> None:
-    if not available(model.device, True):
-        pytest.skip("the compiled module was not built, or this PyTorch hands out no graphs")
+    if fault := native_fault(model.device):
+        pytest.skip(fault)
     planned = parse_plan(plan, [str(model.device)] * (plan.count(",") + 1))
     stages, frames = [model.stage(part) for part in planned.stages], list[list[Any]]()
     for native in (False, True, True):  # the second time all graphs are there from the start

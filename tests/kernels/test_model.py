@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 from liverelay.engine.checkpoint import find_checkpoint
 from liverelay.engine.golden import GoldenOptions, run
 from liverelay.engine.models.dit import DiT
+from liverelay.engine.models.workspace import Workspace
+from liverelay.kernels.contract import Place
 from tests import regression
 from tests.compare import relative
 from tests.test_fp8 import last_flow
@@ -46,6 +49,24 @@ def test_fp8_attention_on_fused_kernels_equals_the_torch_backend(
         dit = DiT.load(source, config, device=device, dtype=torch.bfloat16, backend=backend, fp8_attention=True)
         flows.append(last_flow(dit, torch.Generator().manual_seed(seed), blocks=2))
     assert relative(flows[1], flows[0]) <= 2e-2
+
+
+def test_launches_with_an_fp8_arena_take_no_size_from_the_host(
+    checkpoint: Path, device: torch.device, seed: int
+) -> None:
+    """One graph a step holds for every ring slot and fill level, because the device's own words decide."""
+    source, config = find_checkpoint(checkpoint).open_dit()
+    dit = DiT.load(source, config, device=device, dtype=torch.bfloat16, backend="triton", fp8_attention=True)
+    assert dit.variant(Place(7, 9, True, torch.zeros(3, dtype=torch.int32))) == ()
+    right = last_flow(dit, torch.Generator().manual_seed(seed), blocks=2)
+    fill_block = dit.fill_block
+
+    def misled(ws: Workspace, *block: Any) -> None:
+        fill_block(ws, *block)
+        ws.place.row, ws.place.valid, ws.place.moved = 0, 1, False
+
+    dit.fill_block = misled  # type: ignore[method-assign]
+    assert torch.equal(last_flow(dit, torch.Generator().manual_seed(seed), blocks=2), right)
 
 
 def test_long_positions_on_fused_kernels(tmp_path: Path, device: torch.device) -> None:
