@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from liverelay.engine.errors import CheckpointError, InputError
@@ -38,6 +39,19 @@ def set_process_defaults() -> None:
     2 to 6 times slower on a shared machine. A value that the user has set is kept.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def cache_root() -> Path | None:
+    """Where the user's cached files belong (`cache_folder`); None for a user without a home."""
+    if given := os.environ.get("LIVERELAY_CACHE"):
+        return Path(given).absolute()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(base):  # the XDG specification: a relative one is to be ignored
+        return Path(base, "liverelay")
+    try:
+        return Path.home() / ".cache" / "liverelay"
+    except RuntimeError:
+        return None
 
 
 def _count(published: Mapping[str, Any], name: str, default: int) -> int:

@@ -25,6 +25,15 @@ collect_ignore_glob = [] if torch.cuda.is_available() or os.environ.get("TRITON_
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The suite and the processes that it starts neither fill nor read the user's own cache folder."""
+    folder = tmp_path_factory.mktemp("cache") / "liverelay"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIVERELAY_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture
 def golden() -> Path:
     """The folder of tensors from the published model; the test is skipped where it is absent."""

@@ -24,7 +24,7 @@ LAYERS = (
     "frame_ring_layout",
     "config devices relay.dispatch native media models.geometry models.lora models.image models.vae_config",
     "models.sizes frame_ring_twin relay.plan",
-    "relay.times frame_ring",
+    "relay.times frame_ring cache_folder",
     "relay.planner",
     "cache models.weights models.vae_layers models.workspace",
     "checkpoint models.layers models.audio models.text models.vae",
