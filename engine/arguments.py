@@ -52,6 +52,11 @@ def add_model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--lora", metavar="FILE", help="LoRA file, or 'none' (default: looked for beside the checkpoint)")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="bfloat16 on a GPU, float32 on a CPU")
     add_fp8(p)
+    p.add_argument(
+        "--text-encoder", choices=("device", "host", "disk"),
+        help="where the text encoder (11 GB) is kept between new prompts (the host's memory where there is room, else "
+        "the disk); the 64 prompts used last are kept anyway",
+    )
     p.add_argument("--backend", metavar="NAME", help="kernel backend or attention, as liverelay kernels lists")
 
 

@@ -13,20 +13,21 @@ import torch
 from torch import Tensor
 
 from liverelay.engine.config import DEFAULT_MAX_SIZE, DiTConfig, StreamConfig
-from liverelay.engine.errors import CheckpointError, InputError
+from liverelay.engine.devices import device_fault
+from liverelay.engine.errors import InputError, StageLost
 from liverelay.engine.loading import Loader, LoadOptions, devices_of
 from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import LONGEST_SIDE, Geometry, check_size
 from liverelay.engine.models.image import as_image, choose_size, prepare_image
-from liverelay.engine.models.text import TextEncoder
 from liverelay.engine.models.vae import VAE
-from liverelay.engine.models.weights import open_tensors
 from liverelay.engine.progress import uninterrupted
+from liverelay.engine.prompts import Prompts
 from liverelay.engine.relay.messages import Tensors
 from liverelay.engine.relay.pipeline import Observer, Pipeline, local_pipeline
 from liverelay.engine.relay.plan import Plan, balanced_plan
 from liverelay.engine.relay.ranks import Leader
+from liverelay.engine.relay.room import refused_when_full
 from liverelay.engine.relay.stage import LineSpec, Stage
 from liverelay.engine.relay.times import vae_share
 from liverelay.engine.snapshot import Snapshot, model_id
@@ -65,7 +66,9 @@ class Engine:
         self._dits, self._vaes = dits, vaes
         self._lines: dict[Geometry, Pipeline] = {}
         self._stages: dict[Geometry, StageSet] = {}  # those without a line, for `open_steps`
-        self._texts: dict[str, Tensor] = {}
+        self._prompts = Prompts(
+            loader.files, self.dit.config, self.dit.device, self.dit.dtype, home=loader.text_encoder, say=loader.say
+        )
 
     @classmethod
     def load(
@@ -84,6 +87,8 @@ class Engine:
         backend for all operators, or an attention (`liverelay kernels` lists both); None: the fastest.
         fp8: what is in e4m3: "products" (or True), the transformer's large ones; "attention", self-attention with
         arenas of half the size; "all". On a CPU it is only for looking at its error.
+        text_encoder: where the text encoder's weights are between new prompts, "device", "host" or "disk"; None: in
+        the host's memory where there is room.
         say(line) is told what is being loaded. CheckpointError names a file, key or shape that does not fit.
         """
         stream = stream or StreamConfig()
@@ -119,16 +124,18 @@ class Engine:
         whole-file way (equal to the published one); None for a live session that is given sound by `push_audio`.
         size: (width, height) in pixels, multiples of 64; None: the model's own size if it has but one and `max_area`
         pixels are enough, else the published rule under `max_area` pixels.
-        seed and session_id key all randomness. InputError for a picture, sound or size that cannot be used.
+        seed and session_id key all randomness. InputError for a picture, sound or size that cannot be used; BusyError,
+        with the numbers, where there is no place, memory or time for one more session.
         """
         from liverelay.engine.session import Session
 
         check_keys(seed, session_id)
-        given, track, latent = self._prepare(image, prompt, audio, size, max_area, live)
-        with self.lock:
-            line = self.line(*latent)
-            serial = line.open(given, rate=self.rate(live=audio is None))
-            return Session(self, line, serial, track, given, seed=seed, session_id=session_id)
+        with refused_when_full():
+            given, track, latent = self._prepare(image, prompt, audio, size, max_area, live)
+            with self.lock:
+                line = self.line(*latent)
+                serial = line.open(given, rate=self.rate(live=audio is None))
+        return Session(self, line, serial, track, given, seed=seed, session_id=session_id)
 
     def open_steps(
         self, image: Any, prompt: str = "", *, seed: int = 0, session_id: int = 0, **options: Any
@@ -137,12 +144,13 @@ class Engine:
         from liverelay.engine.steps import StageSet, SteppedSession
 
         check_keys(seed, session_id)
-        given, track, latent = self._prepare(image, prompt, **options)
-        with self.lock:
-            geometry = self._geometry(*latent)
-            if geometry not in self._stages:
-                self._stages[geometry] = StageSet(self._make_stages(geometry), self.sessions)
-            return SteppedSession(self, self._stages[geometry], track, given, seed=seed, session_id=session_id)
+        with refused_when_full():
+            given, track, latent = self._prepare(image, prompt, **options)
+            with self.lock:
+                geometry = self._geometry(*latent)
+                if geometry not in self._stages:
+                    self._stages[geometry] = StageSet(self._make_stages(geometry), self.sessions)
+                return SteppedSession(self, self._stages[geometry], track, given, seed=seed, session_id=session_id)
 
     def _prepare(
         self, image: Any, prompt: str, audio: Any = None, size: tuple[int, int] | None = None,
@@ -181,7 +189,7 @@ class Engine:
         snapshot = snapshot if isinstance(snapshot, Snapshot) else Snapshot.load(snapshot)
         snapshot.check("model", self.model_id)
         snapshot.check("stream", asdict(self.stream))
-        with self.lock:
+        with refused_when_full(), self.lock:
             return resume(self, snapshot)
 
     @functools.cached_property
@@ -202,6 +210,9 @@ class Engine:
         geometry = self._geometry(latent_h, latent_w)
         found = self._lines.pop(geometry, None)
         if found is None or found.error is not None:
+            for device in self._dits:
+                if fault := device_fault(torch.device(device)):
+                    raise StageLost(f"{device} was lost: {fault}; start the program again")
             self._make_room()
             if not self._lines and self.loader.backend is None:
                 for dit in self._dits.values():
@@ -256,23 +267,9 @@ class Engine:
             self.leader.last_words()
 
     def encode_text(self, prompt: str) -> Tensor:
-        """A prompt's states [n, text_dim]; the text encoder (11 GB) is in memory only meanwhile."""
-        if prompt not in self._texts:
-            self._texts.clear()
-            self._texts[prompt] = self._text_states(prompt)
-        return self._texts[prompt]
-
-    def _text_states(self, prompt: str) -> Tensor:
-        config, dit, weights = self.dit.config, self.dit, open_tensors(self.loader.files.text)
-        encoder = TextEncoder.load(
-            weights, self.loader.files.tokenizer, device=dit.device, dtype=dit.dtype, text_len=config.text_len
-        )
-        states = encoder.encode(prompt)
-        if states.shape[1] != config.text_dim:
-            raise CheckpointError(
-                f"{self.loader.files.text} has width {states.shape[1]}, the transformer expects {config.text_dim}"
-            )
-        return states
+        """A prompt's states [n, text_dim] on the host; the 64 prompts used last are kept, also for the next start."""
+        with self.lock:
+            return self._prompts.states(prompt)
 
 
 def check_keys(*keys: Any) -> None:

@@ -38,7 +38,9 @@ class LineOptions:
 def load_options(a: argparse.Namespace, say: Say | None) -> LoadOptions:
     """What `arguments.add_model` has read, for `Engine.load`."""
     dtype = None if a.dtype is None else getattr(torch, a.dtype)
-    return {"lora": a.lora, "dtype": dtype, "backend": a.backend, "fp8": a.fp8, "say": say}
+    return {
+        "lora": a.lora, "dtype": dtype, "backend": a.backend, "fp8": a.fp8, "text_encoder": a.text_encoder, "say": say,
+    }  # fmt: skip
 
 
 def make_plan(options: LineOptions, ranks: RankEnvironment | None, steps: int) -> Plan:

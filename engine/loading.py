@@ -26,6 +26,7 @@ from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.log_mel import load_encoder
 from liverelay.engine.models.vae import VAE
 from liverelay.engine.models.weights import is_quantized, open_tensors
+from liverelay.engine.prompts import check_home
 from liverelay.kernels import dispatch
 from liverelay.kernels.attention_backends import named
 
@@ -39,6 +40,7 @@ class LoadOptions(TypedDict, total=False):
     dtype: torch.dtype | None
     backend: str | None
     fp8: bool | str
+    text_encoder: str | None
     say: Say | None
 
 
@@ -51,15 +53,17 @@ class Loader:
     backend: str | None
     operators: str | None
     fp8: bool | str
+    text_encoder: str | None
     say: Say
 
     @classmethod
     def make(
         cls, checkpoint: str | Path, devices: tuple[str, ...], *, lora: str | Path | None = None,
         dtype: torch.dtype | None = None, backend: str | None = None, fp8: bool | str = False,
-        say: Say | None = None,
+        text_encoder: str | None = None, say: Say | None = None,
     ) -> Loader:
         """As `Engine.load`. CheckpointError and InputError say what is missing or cannot be."""
+        check_home(text_encoder)
         files = find_checkpoint(Path(checkpoint), lora)
         missing = files.missing()
         if missing:
@@ -76,7 +80,7 @@ class Loader:
             raise InputError(f"the engine computes in torch.float32 or torch.bfloat16, not {dtype!r}")
         use_exact_float32(device, dtype)
         fp8_parts(fp8)
-        return cls(files, dtype, backend, operators, fp8, say or (lambda line: None))
+        return cls(files, dtype, backend, operators, fp8, text_encoder, say or (lambda line: None))
 
     def open_dit(self, device: str) -> tuple[Mapping[str, Tensor], DiTConfig]:
         source, config = self.files.open_dit(device)

@@ -23,6 +23,7 @@ from torch import Tensor
 from liverelay.engine.errors import BusyError, LiveRelayError
 from liverelay.engine.relay.handoff import Parcel
 from liverelay.engine.relay.messages import Block, Tensors
+from liverelay.engine.relay.room import check_room
 from liverelay.engine.relay.stage import Stage
 from liverelay.engine.stream import AudioTrack, BlockInput, Chunk, Stream
 
@@ -35,13 +36,17 @@ class StageSet:
 
     def __init__(self, stages: Sequence[Stage], places: int) -> None:
         self.stages, self.lock = stages, threading.Lock()
+        self._used: set[int] = set()
         self._free = list(range(places))[::-1]  # appended to without the lock, which whoever gives back may hold
 
     def take_place(self) -> int:
-        """BusyError when there is none."""
+        """BusyError when there is none, or no memory for it."""
         with self.lock:
             if not self._free:
                 raise BusyError("no session can be opened: all places are taken; close a session")
+            if self._free[-1] not in self._used:
+                check_room([stage.room for stage in self.stages], {*self._used, self._free[-1]})
+                self._used.add(self._free[-1])
             return self._free.pop()
 
     def give_back(self, place: int) -> None:

@@ -271,8 +271,9 @@ def test_a_prompt_is_encoded_once_and_changes_the_video(engine: Engine, numbers:
     image, waveform = picture(numbers), sound(numbers, 9 * SAMPLES)
     calm, wild = (video(start(engine, image, waveform, prompt)) for prompt in ("Calm.", "Wild!"))
     assert not np.array_equal(calm, wild)
-    monkeypatch.setattr(TextEncoder, "load", None)
+    monkeypatch.setattr(TextEncoder, "encode", None)
     assert np.array_equal(wild, video(start(engine, image, waveform, "Wild!")))
+    assert np.array_equal(calm, video(start(engine, image, waveform, "Calm.")))
     with pytest.raises(TypeError):
         engine.encode_text("Another.")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,18 @@ def library_key(key: str) -> str:
 
 
 class TextEncoder:
-    """umT5 encoder with its tokenizer."""
+    """umT5 encoder with its tokenizer.
 
-    def __init__(self, model: Any, tokenizer: Any, *, device: torch.device, text_len: int) -> None:
-        self._model, self._tokenizer, self._device, self._text_len = model, tokenizer, device, text_len
+    weights: the model's parameters, which stay where they are: on `home`, or for None in their file. They are copied
+    to the device for each call where that is somewhere else.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, weights: Mapping[str, Tensor], *, device: torch.device, dtype: torch.dtype,
+        text_len: int, home: torch.device | None,
+    ) -> None:
+        self._model, self._tokenizer, self._weights, self._text_len = model, tokenizer, weights, text_len
+        self._device, self._dtype, self.home = device, dtype, home
 
     @classmethod
     def load(
@@ -95,16 +104,21 @@ class TextEncoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         text_len: int = TEXT_LEN,
+        home: torch.device | None = None,
     ) -> TextEncoder:
         """Build from published tensors and a tokenizer folder (None: only `encode_ids` can be used).
 
-        Sizes come from the tensors' shapes. CheckpointError names a key or shape that does not fit.
+        home: where the weights stay between calls; None: only where `weights` are. Sizes come from the tensors'
+        shapes. CheckpointError names a key or shape that does not fit.
         """
         model = _build(**text_sizes({key: tuple(tensor.shape) for key, tensor in weights.items()}))
-        state = {library_key(key): tensor.to(device=device, dtype=dtype) for key, tensor in weights.items()}
-        state["encoder.embed_tokens.weight"] = state["shared.weight"]
-        model.load_state_dict(state, assign=True)
-        return cls(model.eval(), _tokenizer(tokenizer), device=torch.device(device), text_len=text_len)
+        state = {library_key(key): tensor for key, tensor in weights.items()}
+        if home is not None:  # a copy, because a mapped file may go, or be read from the disk again
+            state = {key: tensor.to(home, dtype, copy=True) for key, tensor in state.items()}
+        return cls(
+            model.eval(), _tokenizer(tokenizer), state, device=torch.device(device), dtype=dtype, text_len=text_len,
+            home=home,
+        )  # fmt: skip
 
     def encode(self, prompt: str) -> Tensor:
         """States of a prompt [n, dim], n <= text_len with the end token; no padding (it changes no valid row)."""
@@ -119,9 +133,22 @@ class TextEncoder:
         """ids, mask [N, n] int64 -> states after the final norm [N, n, dim]; rows where mask is 0 mean nothing."""
         if ids.shape != mask.shape or ids.dim() != 2:
             raise InputError(f"ids of shape {list(ids.shape)} and mask of shape {list(mask.shape)} do not fit")
-        out = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device))
+        with self._weights_on_device():
+            out = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device))
         states: Tensor = out.last_hidden_state
         return states
+
+    @contextlib.contextmanager
+    def _weights_on_device(self) -> Iterator[None]:
+        """The model with its weights; copies of weights that live elsewhere are gone afterwards."""
+        state = {key: tensor.to(self._device, self._dtype) for key, tensor in self._weights.items()}
+        state["encoder.embed_tokens.weight"] = state["shared.weight"]
+        self._model.load_state_dict(state, assign=True)
+        del state
+        try:
+            yield
+        finally:
+            self._model.to("meta")
 
 
 def _build(*, vocab: int, dim: int, dim_ffn: int, heads: int, dim_attn: int, layers: int) -> Any:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from liverelay.engine.config import RankEnvironment
 from liverelay.engine.relay.plan import Plan
 from liverelay.engine.relay.remote import GlooEnd, NcclEnd
+from liverelay.engine.relay.room import Room
 from liverelay.engine.relay.stage import LineSpec, Stage
 
 TIMEOUT_S = 10.0
@@ -36,9 +37,10 @@ class Build:
 
 @dataclass(frozen=True)
 class Ready:
-    """From a rank: what was asked for is built, or why it is not."""
+    """From a rank: what was asked for is built, with the room for sessions there, or why it is not."""
 
     fault: str = ""
+    room: Room | None = None
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from liverelay.engine.relay.messages import (
 )
 from liverelay.engine.relay.native_loop import make_local_link, make_loop
 from liverelay.engine.relay.plan import Plan
+from liverelay.engine.relay.room import Room, check_room
 from liverelay.engine.relay.scheduler import Scheduler
 from liverelay.engine.relay.stage import LineSpec, Stage, check_latents
 
@@ -61,6 +62,9 @@ class Worker(Protocol):
 
     def put(self, command: Command) -> None:
         """Send a command; never waits."""
+
+    def room(self) -> Room:
+        """What the stage knows of its memory; never waits."""
 
     def close(self, *, broken: bool) -> None:
         """Wait until the stage has ended, after `Stop`; broken: it may be stuck, do not wait for long."""
@@ -80,6 +84,9 @@ class LocalWorker:
 
     def put(self, command: Command) -> None:
         self.loop.put(command)
+
+    def room(self) -> Room:
+        return self.loop.stage.room()
 
     def close(self, *, broken: bool) -> None:
         links = [self.loop.source, *self._remote]
@@ -127,7 +134,8 @@ class Pipeline:
         self._observe = observe
         self._lock = threading.RLock()
         self._clients: dict[int, Client] = {}
-        self._free = list(range(places))[::-1]
+        self._free = list(range(places))[::-1]  # the one used last comes first: it has its memory
+        self._used: set[int] = set()  # places that a session was ever given
         self._abandoned: deque[int] = deque()
         _open_lines.add(self)
 
@@ -149,7 +157,7 @@ class Pipeline:
         """Begin a session, from the start or from a saved state; returns its serial number.
 
         tensors: as in messages.Open. rate: blocks that it needs in a second, 0 for a file; state: of `Stage.save` of
-        all stages, with `new_reference` if it is known. BusyError when there is no place or no time for it.
+        all stages, with `new_reference` if it is known. BusyError when there is no place, memory or time for it.
         """
         check_latents(tensors, self.spec.geometry)
         with self._lock:
@@ -161,6 +169,11 @@ class Pipeline:
                 self._turns.open(serial, rate, known=reference is not None)
             except ValueError as error:
                 raise BusyError(f"no session can be opened: {error}") from None
+            try:
+                self._check_room(self._free[-1])
+            except BusyError:
+                self._turns.close(serial)
+                raise
             client = self._clients[serial] = Client(self._free.pop(), serial, reference=reference)
             names = (client.place, serial)
             if state is None:
@@ -168,6 +181,12 @@ class Pipeline:
             else:
                 self._tell(Load(*names, tensors | state[0], state[1]))
             return serial
+
+    def _check_room(self, place: int) -> None:
+        """BusyError unless the place has its memory, or fits in beside those that were given out."""
+        if place not in self._used:
+            check_room([worker.room for worker in self.workers], {*self._used, place})
+            self._used.add(place)
 
     def abandon(self, serial: int) -> None:
         """As `close_session`, some time later; may be called by the garbage collector, in the middle of anything."""

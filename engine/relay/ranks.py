@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from liverelay.engine.errors import LiveRelayError, StageLost
@@ -20,6 +21,7 @@ from liverelay.engine.relay.messages import Command, Event, Failed, Stop
 from liverelay.engine.relay.native_loop import make_local_link, make_loop
 from liverelay.engine.relay.pipeline import LocalWorker, Observer, Pipeline
 from liverelay.engine.relay.plan import Plan
+from liverelay.engine.relay.room import Room
 from liverelay.engine.relay.stage import LineSpec, Stage
 
 SLOW_STARTS = 30  # times the timeout, for work that loads, compiles and captures
@@ -102,7 +104,7 @@ class RankServer:
             links = self.group.links(self.plan, stage)
             loop = make_loop(self.group.rank, stage, *links, self._emit)
             self._worker = LocalWorker(loop, [link for link in links if link is not None])
-        self.channel.put(Ready(fault))
+        self.channel.put(Ready(fault, None if stage is None else stage.room()))
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, Failed):
@@ -125,13 +127,18 @@ class RemoteWorker:
         self._leader, self.rank = leader, rank
         self.name = leader.plan.stages[rank].name
         self.channel = leader.group.channels[rank - 1]
-        self.ready: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.ready: queue.SimpleQueue[Ready] = queue.SimpleQueue()
+        self._room = Room("", 0, None)
         self.over = False
         self._thread = threading.Thread(target=self._read, name=f"rank {rank}", daemon=True)
         self._thread.start()
 
     def put(self, command: Command) -> None:
         self.channel.put(command)
+
+    def room(self) -> Room:
+        """As it was when the rank built its stage, before any session: the rank's memory is the line's alone."""
+        return self._room
 
     def close(self, *, broken: bool) -> None:
         """Nothing to wait for: the rank ends the line by itself and serves another one."""
@@ -157,7 +164,9 @@ class RemoteWorker:
                 if message.busy_s > allowed:
                     return self._lost(f"has been at one block for {message.busy_s:.0f} s")
             elif isinstance(message, Ready):
-                self.ready.put(message.fault)
+                if message.room is not None:
+                    self._room = replace(message.room, device=f"{message.room.device} of stage {self.name}")
+                self.ready.put(message)
             else:
                 self._leader.take(message)
 
@@ -188,7 +197,7 @@ class Leader:
                 if self.error is not None:
                     raise self.error
                 try:
-                    fault = worker.ready.get(timeout=0.2)
+                    fault = worker.ready.get(timeout=0.2).fault
                     break
                 except queue.Empty:
                     if time.monotonic() - waited > START_S:

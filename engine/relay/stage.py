@@ -18,6 +18,7 @@ from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import Geometry, reference_position
 from liverelay.engine.models.layers import TextCondition
 from liverelay.engine.models.sampler import Schedule, make_schedule
+from liverelay.engine.models.sizes import arena_bytes, text_bytes, vae_cache_bytes
 from liverelay.engine.models.vae import CHUNK, STRIDE, VAE
 from liverelay.engine.models.vae_config import FIRST, SECOND, WHOLE, VAEConfig
 from liverelay.engine.models.vae_layers import FeatureCache
@@ -25,6 +26,7 @@ from liverelay.engine.relay.graph import Graphs
 from liverelay.engine.relay.handoff import Parcel
 from liverelay.engine.relay.messages import Block, Tensors
 from liverelay.engine.relay.plan import StagePlan
+from liverelay.engine.relay.room import Room, allocating, free_bytes
 
 OnStep = Callable[[int, Tensor], None]
 Say = Callable[[str], None]
@@ -130,6 +132,22 @@ class Stage:
         self.before = vae.new_decoder(h, w, FIRST) if self.plan.decode == SECOND else FeatureCache()
 
     @property
+    def place_bytes(self) -> int:
+        """Memory of one session here."""
+        geometry, size = self.spec.geometry, 0
+        if self.dit is not None:
+            config, element = self.dit.config, self.dtype.itemsize
+            size += len(self.plan.steps) * arena_bytes(config, geometry, element, fp8=self.dit.fp8_attention)
+            size += text_bytes(config, element)
+        if self.vae is not None:
+            size += vae_cache_bytes(self.vae.config, geometry, self.vae.dtype.itemsize, self.plan.decode)
+        return size
+
+    def room(self) -> Room:
+        """What is asked before a session is opened (`check_room`); may be called from any thread."""
+        return Room(str(self.device), self.place_bytes, free_bytes(self.device), frozenset(self.places.copy()))
+
+    @property
     def last_step(self) -> bool:
         """Whether a block is clean when it leaves this stage's steps."""
         return len(self.spec.schedule.timesteps) - 1 in self.plan.steps
@@ -140,7 +158,8 @@ class Stage:
         """Begin a session in a place: its prompt, its sink in all arenas, its decoder warmed up (spec dit.md 9)."""
         place, stream = self.places.get(number), self.spec.stream
         if place is None:
-            place = self.places[number] = Place(self)
+            with allocating:
+                place = self.places[number] = Place(self)
             if self.graphs.enabled and len(self.places) == 1:
                 self.warm_up(number)
         motion = tensors["motion"].to(self.device)

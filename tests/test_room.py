@@ -1,0 +1,116 @@
+"""Sessions that do not fit are refused with the numbers, before any of their memory is allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from liverelay.engine.checkpoint import find_checkpoint
+from liverelay.engine.config import StreamConfig
+from liverelay.engine.engine import Engine
+from liverelay.engine.errors import BusyError
+from liverelay.engine.models.dit import DiT
+from liverelay.engine.models.geometry import Geometry
+from liverelay.engine.models.vae import VAE
+from liverelay.engine.models.weights import open_tensors
+from liverelay.engine.relay import stage as stages
+from liverelay.engine.relay.pipeline import local_pipeline
+from liverelay.engine.relay.plan import parse_plan
+from liverelay.engine.relay.room import GIB, Room, available_host_bytes, check_room, refused_when_full
+from liverelay.engine.relay.stage import LineSpec, Place, Stage
+
+CPU = "cpu"
+
+
+def make_stages(checkpoint: Path, plan: str, dtype: torch.dtype = torch.float32, *, fp8: bool = False) -> list[Stage]:
+    files = find_checkpoint(checkpoint)
+    source, config = files.open_dit()
+    dit = DiT.load(source, config, dtype=dtype, fp8_attention=fp8)
+    vae = VAE.load(open_tensors(files.vae), dtype=dtype)
+    stream = StreamConfig()
+    audio = (1, config.audio_states, config.audio_dim, stream.block_frames)
+    spec = LineSpec.make(Geometry(8, 16, config.head_dim), stream, audio, vae=vae.config)
+    return [Stage(part, spec, dit, vae, dtype) for part in parse_plan(plan, [CPU] * (plan.count(",") + 1)).stages]
+
+
+def given(stage: Stage, rng: torch.Generator) -> dict[str, torch.Tensor]:
+    config, (h, w) = stage.dit.config, (8, 16)  # type: ignore[union-attr]
+    latents = {name: torch.randn(16, n, h, w, generator=rng) for name, n in (("reference", 1), ("motion", 19))}
+    return latents | {"text": torch.randn(3, config.text_dim, generator=rng)}
+
+
+@pytest.mark.parametrize(("dtype", "fp8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("plan", ["0+1+2+3+vae", "0,1+2,3+vae1,vae2"])
+def test_a_stage_knows_the_memory_of_a_session(checkpoint: Path, plan: str, dtype: torch.dtype, fp8: bool) -> None:
+    for stage in make_stages(checkpoint, plan, dtype, fp8=fp8):
+        place = Place(stage)
+        real = sum(tensor.untyped_storage().nbytes() for tensor in place.tensors().values())
+        if place.text is not None:
+            real += place.text.k.nbytes + place.text.v.nbytes
+        assert stage.place_bytes == real
+        assert stage.room().places == frozenset()
+
+
+@pytest.mark.parametrize("free", [0, 1, 2, 3])
+def test_as_many_sessions_are_let_in_as_fit(checkpoint: Path, rng: torch.Generator, free: int,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Two stages share the device; a third session would fit by either stage's own count alone."""
+    both = make_stages(checkpoint, "0+1,2+3+vae")
+    one = sum(stage.place_bytes for stage in both)
+    def free_bytes(device: torch.device) -> int:  # of a device with room for `free` sessions and nearly one more
+        return free * one + one - 1 - sum(stage.place_bytes * len(stage.places) for stage in both)
+
+    monkeypatch.setattr(stages, "free_bytes", free_bytes)
+    line = local_pipeline(parse_plan("0+1,2+3+vae", [CPU, CPU]), both[0].spec, both, places=5)
+    tensors = given(both[0], rng)
+    serials = [line.open(tensors) for _ in range(free)]
+    with pytest.raises(BusyError, match=r"no session can be opened: one needs 0\.\d\d GiB on cpu"):
+        line.open(tensors)
+    assert line.sessions == free and len(line.scheduler._clients) == free
+    if serials:
+        line.close_session(serials[0])
+        line.open(tensors)  # in the place, and the memory, of the one that was closed
+    line.close()
+    assert all(len(stage.places) <= free for stage in both)
+
+
+def test_a_session_driven_from_outside_is_refused_as_well(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in ("transformers", "ftfy", "PIL"):
+        pytest.importorskip(library)
+    engine = Engine.load(checkpoint, device=CPU, dtype=torch.float32)
+    monkeypatch.setattr(stages, "free_bytes", lambda device: 1000)
+    picture = torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()
+    with pytest.raises(BusyError, match="GiB are free"):
+        engine.open_steps(picture, "someone", size=(64, 64))
+    with pytest.raises(BusyError, match="GiB are free"):
+        engine.open(picture, "someone", size=(64, 64))
+    engine.close()
+
+
+def test_a_gpu_whose_memory_is_full_refuses_who_comes_and_says_what_helps() -> None:
+    with pytest.raises(BusyError, match="no session can be opened: CUDA out of memory; close a session"), \
+            refused_when_full():  # fmt: skip
+        raise torch.OutOfMemoryError("CUDA out of memory\nTried to allocate 20 MiB")
+    with pytest.raises(ValueError, match="other"), refused_when_full():
+        raise ValueError("other")
+
+
+def check(rooms: list[Room], places: set[int]) -> None:
+    check_room([lambda room=room: room for room in rooms], places)  # type: ignore[misc]
+
+
+def test_devices_are_counted_apart_and_unknown_memory_refuses_nobody() -> None:
+    first, second = Room("cuda:0", 6 * GIB, 10 * GIB), Room("cuda:1", GIB, 2 * GIB, frozenset({0}))
+    check([first, second], {0})
+    check([Room("cpu", 6 * GIB, None)], set(range(100)))
+    with pytest.raises(BusyError, match=r"one needs 6\.00 GiB on cuda:0, 2 are coming, and 10\.00 GiB are free"):
+        check([first, second], {0, 1})
+    with pytest.raises(BusyError, match="cuda:1"):
+        check([Room("cuda:0", 1, 1000), second], {0, 1, 2, 3})
+
+
+def test_host_memory_is_known_on_linux() -> None:
+    found = available_host_bytes()
+    assert found is None or 1 << 20 < found < 1 << 50
