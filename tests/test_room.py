@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +19,10 @@ from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.models.vae import VAE
 from liverelay.engine.models.weights import open_tensors
 from liverelay.engine.relay import stage as stages
+from liverelay.engine.relay.group import Ready
 from liverelay.engine.relay.pipeline import local_pipeline
 from liverelay.engine.relay.plan import parse_plan
+from liverelay.engine.relay.ranks import Leader
 from liverelay.engine.relay.room import GIB, Room, available_host_bytes, check_room, refused_when_full
 from liverelay.engine.relay.stage import LineSpec, Place, Stage
 
@@ -87,6 +92,29 @@ def test_a_session_driven_from_outside_is_refused_as_well(checkpoint: Path, monk
     with pytest.raises(BusyError, match="GiB are free"):
         engine.open(picture, "someone", size=(64, 64))
     engine.close()
+
+
+def test_a_rank_says_what_room_it_has_when_its_stage_is_built() -> None:
+    over = threading.Event()
+    messages = iter([Ready(), Ready("", Room("cuda:0", 6 * GIB, 10 * GIB))])
+
+    def get(timeout_s: float) -> Ready:
+        message = next(messages, None)
+        if message is None:
+            over.wait(60)
+            raise EOFError
+        return message
+
+    channel = SimpleNamespace(put=lambda message: None, get=get)
+    group: Any = SimpleNamespace(rank=0, world=2, timeout_s=1.0, channels=[channel])
+    leader = Leader(group, parse_plan("0+1,2+3+vae", [CPU, CPU]))
+    (rank,) = leader.workers
+    assert not rank.ready.get(timeout=60).fault
+    check([rank.room()], {0})
+    with pytest.raises(BusyError, match=r"one needs 6\.00 GiB on cuda:0 of stage 2\+3\+vae, 2 are coming"):
+        check([rank.room()], {0, 1})
+    rank.over = True
+    over.set()
 
 
 def test_a_gpu_whose_memory_is_full_refuses_who_comes_and_says_what_helps() -> None:
