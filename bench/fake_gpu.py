@@ -273,6 +273,19 @@ def measure(job: Job, function: str, compiled: Any) -> Row:
     )  # fmt: skip
 
 
+def check_descriptors(launch: Any) -> None:
+    """ValueError where TMA would refuse a launch's tensor descriptors, in the boxes and swizzles that were compiled.
+
+    A launch that its own launcher refuses does not come here. Where single copies start is known in the kernel alone:
+    the interpreters check that (kernels/tma.py).
+    """
+    from liverelay.kernels.tma import compiled_faults
+
+    maps = getattr(launch.compiled.metadata, "tensordesc_meta", None) or []
+    if fault := next(compiled_faults(launch.arguments, maps), ""):
+        raise ValueError(f"{launch.name}: {fault}")
+
+
 def compile_job(job: Job) -> Result:
     """Compile one launch of the registry; never raises, but for an interrupt."""
     from liverelay.kernels.launch import compile_only
@@ -289,8 +302,9 @@ def compile_job(job: Job) -> Result:
             with compile_only(job.arch) as collected:
                 spec.launch(*case.args, **case.kwargs)
             kernels: dict[tuple[str, str], Any] = {}
-            for name, compiled, _ in collected.kernels:
-                kernels.setdefault((name, compiled.hash), compiled)  # the same kernel launched twice is one row
+            for launch in collected.kernels:
+                check_descriptors(launch)
+                kernels.setdefault((launch.name, launch.compiled.hash), launch.compiled)  # launched twice is one row
             names = [name for name, _ in kernels]
             labels = [name if n == names.index(name) else f"{name}#{names[:n].count(name) + 1}"
                       for n, name in enumerate(names)]  # fmt: skip

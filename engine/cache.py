@@ -10,7 +10,7 @@ import torch
 
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.models.geometry import REFERENCE_POSITION, Geometry
-from liverelay.kernels.contract import FP8, transposed
+from liverelay.kernels.contract import FP8, head_scales, transposed
 
 
 class Arena:
@@ -31,7 +31,7 @@ class Arena:
         shape = (config.num_layers, geometry.sink_tokens if sink_only else geometry.arena_tokens, *heads)
         self.k = torch.zeros(shape, device=device, dtype=FP8 if fp8 else dtype)
         self.v = transposed(shape, device) if fp8 else torch.zeros_like(self.k)
-        self.k_scale = torch.zeros(shape[0], shape[2], shape[1], device=device) if fp8 else None
+        self.k_scale = head_scales((shape[0], shape[2], shape[1]), device) if fp8 else None
         self.reference_k = torch.zeros(
             (config.num_layers, geometry.frame_tokens, *heads), device=device, dtype=dtype
         )

@@ -23,10 +23,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from liverelay.kernels import torch_ops
-from liverelay.kernels.contract import FP8, Place, Scales, transposed
+from liverelay.kernels import tma, torch_ops
+from liverelay.kernels.contract import FP8, Place, Scales, head_scales, transposed
 from liverelay.kernels.launch import arch, check, next_power_of_two, processors, refuse, run
 from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, poisoned, random
 
@@ -229,26 +228,30 @@ def attention_descriptor(
         refuse(name, f"needs contiguous tensors of 8 or 16 bits, head size 32, 64 or 128, not {q.dtype} {head_dim}")
     tile_m, tile_n, stages = (128, 64, 3) if arch(q) >= 100 else (128, 128, 2)
 
-    def describe(tensor: Tensor, tile: int) -> Any:
-        return TensorDescriptor.from_tensor(tensor.flatten(1), [tile, head_dim])
+    def describe(what: str, tensor: Tensor, tile: int) -> Any:
+        return tma.descriptor(name, what, tensor.flatten(1), [tile, head_dim], stored=tensor is out)
 
     if scales is None:
-        values, (q_scale, k_scale, v_scale) = describe(v, tile_n), (q, q, 1.0)
+        values, (q_scale, k_scale, v_scale) = describe("v", v, tile_n), (q, q, 1.0)
     else:
-        if v.stride(2) % 16 or v.stride(1) != head_dim * v.stride(2):
-            refuse(name, f"a channel's tokens must start at a multiple of 16 bytes (strides {list(v.stride())})")
-        columns = [heads * head_dim, rows]
-        values = TensorDescriptor(v, columns, [v.stride(2), 1], [head_dim, tile_n])
+        values = tma.descriptor(name, "v", channels(name, v), [head_dim, tile_n])
         q_scale, k_scale, v_scale = scales.q, scales.k, scales.v
     tiles = triton.cdiv(tokens, tile_m) * heads
     run(
-        attention_descriptor_kernel, min(tiles, processors(q)), describe(q, tile_m), describe(k, tile_n), values,
-        describe(out, tile_m), q if place is None else place.scalars, q_scale, k_scale, q_scale.stride(0),
-        k_scale.stride(0), tokens, heads, rows, head_dim**-0.5 * LOG2_E, v_scale, HEAD_DIM=head_dim, TILE_M=tile_m,
-        TILE_N=tile_n, HAS_PLACE=place is not None, FP8=scales is not None, PRECISION="tf32", num_warps=8,
-        num_stages=stages,
+        attention_descriptor_kernel, min(tiles, processors(q)), describe("q", q, tile_m), describe("k", k, tile_n),
+        values, describe("out", out, tile_m), q if place is None else place.scalars, q_scale, k_scale,
+        q_scale.stride(0), k_scale.stride(0), tokens, heads, rows, head_dim**-0.5 * LOG2_E, v_scale, HEAD_DIM=head_dim,
+        TILE_M=tile_m, TILE_N=tile_n, HAS_PLACE=place is not None, FP8=scales is not None, PRECISION="tf32",
+        num_warps=8, num_stages=stages,
     )  # fmt: skip
     return out
+
+
+def channels(name: str, v: Tensor) -> Tensor:
+    """v [N, H, d] of FP8 attention as [H d, N]; ValueError where the heads' channels do not follow each other."""
+    if v.stride(1) != v.shape[2] * v.stride(2):
+        refuse(name, f"the channels of v do not follow each other (strides {list(v.stride())})")
+    return v.flatten(1).t()
 
 
 def takes_descriptors(q: Tensor) -> bool:
@@ -300,7 +303,10 @@ def make_fp8(dims: Dims, dtype: torch.dtype, rng: torch.Generator, device: torch
     q, k = (random((n, heads, head_dim), FP8, rng, device) for n in (tokens, rows))
     v = transposed((rows, heads, head_dim), device)
     v.copy_(random((rows, heads, head_dim), FP8, rng, device))
-    q_scale, k_scale = (random((heads, n), torch.float32, rng, device).abs() for n in (tokens, rows))
+    q_scale, k_scale = (
+        head_scales((heads, n), device).copy_(random((heads, n), torch.float32, rng, device).abs())
+        for n in (tokens, rows)
+    )
     scales = Scales(q_scale, k_scale, 0.05)
     for part in (k, v, scales.k.t()):
         part[valid:] = float("nan")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from liverelay.kernels import dispatch, torch_ops
-from liverelay.kernels.contract import FP8, Place, Scales, transposed
+from liverelay.kernels.contract import FP8, Place, Scales, head_scales, transposed
 
 Attention = Callable[..., Tensor]  # (q, k, v, out, place), and in FP8 scales
 NAMES = (
@@ -155,7 +155,10 @@ def random_operands(
     values = [tensor.float() for tensor in given]
     if not fp8:
         return given, values, []
-    q_scale, k_scale = (0.5 + torch.rand(heads, n, generator=rng, device=like.device) for n in (tokens, rows))
+    q_scale, k_scale = (
+        head_scales((heads, n), like.device).copy_(0.5 + torch.rand(heads, n, generator=rng, device=like.device))
+        for n in (tokens, rows)
+    )
     given[2] = transposed(shape[1:], like.device).copy_(given[2])
     values[0].mul_(q_scale.t().unsqueeze(2))
     values[1].mul_(k_scale.t().unsqueeze(2))

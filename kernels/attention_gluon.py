@@ -27,6 +27,7 @@ anywhere, do keys keep their order and weights move between threads.
 from __future__ import annotations
 
 from dataclasses import replace
+from math import gcd
 from typing import Any
 
 import torch
@@ -41,12 +42,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from liverelay.kernels import attention
 from liverelay.kernels.contract import FP8, Place, Scales
 from liverelay.kernels.launch import arch, processors, refuse, run
 from liverelay.kernels.spec import arch_name
+from liverelay.kernels.tma import descriptor as tma_descriptor
 
 # Triton 3.9 has other names for both, and keeps the old ones to say so.
 copy_in = getattr(tma, "async_load", tma.async_copy_global_to_shared)
@@ -340,6 +341,29 @@ def attention_specialised_kernel(
     )  # fmt: skip
 
 
+def descriptors(name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, k_scales: Tensor | None) -> tuple[Any, ...]:
+    """Of q, k, v, out, shuffled keys and their scales, as the kernel copies them; ValueError where TMA cannot."""
+    (rows, heads, head_dim), half, tile_n = k.shape, HALF.value, TILE_N.value
+
+    def describe(what: str, tensor: Tensor, block: list[int], **more: Any) -> Any:
+        layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES.get(tensor.dtype, gl.float32))
+        return tma_descriptor(name, what, tensor, block, layout, **more)
+
+    keys = shuffled = scale = describe("k", k.flatten(1), [tile_n, head_dim])
+    if k_scales is None:
+        values = describe("v", v.flatten(1), [tile_n, head_dim])
+    else:
+        values = describe("v", attention.channels(name, v), [head_dim, tile_n])
+        width, stride = heads * head_dim, k_scales.stride(0)
+        groups = (rows // 16, 2, 4, 2, width) if rows >= 16 else (1, 1, 1, 1, width)  # only the last tile has others
+        turned = k.as_strided(groups, (16 * width, 2 * width, 4 * width, width, 1))
+        shuffled = describe("the shuffled k", turned, [tile_n // 16, 2, 4, 2, head_dim])
+        flat = k_scales.as_strided(((heads - 1) * stride + rows,), (1,))  # copied from head * stride + whole tiles on
+        scale = describe("the scale of k", flat, [tile_n], start=gcd(tile_n, stride if heads > 1 else 0))
+    return (describe("q", q.flatten(1), [half, head_dim]), keys, values,
+            describe("out", out.flatten(1), [half, head_dim], stored=True), shuffled, scale)  # fmt: skip
+
+
 def attention_specialised(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, scales: Scales | None = None
 ) -> Tensor:
@@ -351,30 +375,13 @@ def attention_specialised(
         refuse(name, f"needs contiguous tensors of 8 or 16 bits, head size 32, 64 or 128, not {q.dtype} {head_dim}")
     if arch(q) not in (0, 90):
         refuse(name, f"needs sm_90, not {arch_name(arch(q))}")
-
-    def describe(tensor: Tensor, block: list[int], shape: tuple[int, ...] = (), strides: tuple[int, ...] = ()) -> Any:
-        layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES.get(tensor.dtype, gl.float32))
-        return TensorDescriptor(tensor, shape or tensor.shape, strides or tensor.stride(), block, layout)
-
-    half, tile_n = HALF.value, TILE_N.value
-    keys = shuffled = k_scales = describe(k.flatten(1), [tile_n, head_dim])
-    q_scale, q_scale_head, k_scale_head, v_scale = q, 0, 0, 1.0
-    if scales is None:
-        values = describe(v.flatten(1), [tile_n, head_dim])
-    else:
-        if (v.data_ptr() | v.stride(2) | scales.k.data_ptr()) % 16 or v.stride(1) != head_dim * v.stride(2):
-            refuse(name, f"v and k's scales must start at multiples of 16 bytes, and v's channels too: {v.stride()}")
-        values = describe(v.flatten(1).t(), [head_dim, tile_n])
-        width = heads * head_dim
-        shape, strides = (max(1, rows // 16), 2, 4, 2, width), (16 * width, 2 * width, 4 * width, width, 1)
-        shuffled = describe(k, [tile_n // 16, 2, 4, 2, head_dim], shape, strides)
-        q_scale, q_scale_head, k_scale_head, v_scale = scales.q, scales.q.stride(0), scales.k.stride(0), scales.v
-        k_scales = describe(scales.k, [tile_n], ((heads - 1) * k_scale_head + rows,), (1,))
-    tiles = triton.cdiv(tokens, 2 * half) * heads
+    q_scale, k_scale, v_scale = (q, None, 1.0) if scales is None else (scales.q, scales.k, scales.v)
+    *made, shuffled, k_scales = descriptors(name, q, k, v, out, k_scale)
+    q_scale_head, k_scale_head = (0, 0) if k_scale is None else (q_scale.stride(0), k_scale.stride(0))
+    tiles = triton.cdiv(tokens, 2 * HALF.value) * heads
     stages = 2 if head_dim * q.element_size() > 128 else 4  # of keys and of values: what 227 KiB of shared memory hold
     run(
-        attention_specialised_kernel, min(tiles, processors(q)), describe(q.flatten(1), [half, head_dim]), keys,
-        values, describe(out.flatten(1), [half, head_dim]), q if place is None else place.scalars, shuffled,
+        attention_specialised_kernel, min(tiles, processors(q)), *made, q if place is None else place.scalars, shuffled,
         q_scale, k_scales, q_scale_head, k_scale_head, tokens, heads, rows, head_dim**-0.5 * attention.LOG2_E, v_scale,
         HEAD_DIM=head_dim, STAGES=stages, HAS_PLACE=place is not None, FP8=scales is not None, num_warps=4,
     )  # fmt: skip
@@ -387,9 +394,7 @@ _SMALL = {
 }
 
 SPECS = [
-    replace(
-        spec, name=spec.name.replace("descriptor", "specialised"), launch=attention_specialised,
-        small={**spec.small, **_SMALL}, max_arch=90,
-    )
+    replace(spec, name=spec.name.replace("descriptor", "specialised"), launch=attention_specialised,
+            small={**spec.small, **_SMALL}, max_arch=90)
     for spec in attention.SPECS if "descriptor" in spec.name
 ]  # fmt: skip

@@ -31,8 +31,8 @@ class Norm:
 class Scales:
     """What the e4m3 codes of an attention's operands stand for: value = code * scale.
 
-    q [H, T], k [H, N] float32, one for every head of a token; v: one number for all of a layer, fixed by its weights,
-    so that the second product needs no scale for each key.
+    q [H, T], k [H, N] float32 from `head_scales`, one for every head of a token; v: one number for all of a layer,
+    fixed by its weights, so that the second product needs no scale for each key.
     """
 
     q: Tensor
@@ -48,6 +48,15 @@ def transposed(shape: tuple[int, ...], device: torch.device | str) -> Tensor:
     *outer, rows, heads, head_dim = shape
     stored = torch.zeros(*outer, heads, head_dim, -(-rows // 16) * 16, device=device, dtype=FP8)
     return stored.movedim(-1, -3)[..., :rows, :, :]
+
+
+def head_scales(shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+    """Zeros [..., H, N] float32 whose N is contiguous, each head's first scale at a multiple of 16 bytes.
+
+    Of q and k in FP8 attention: TMA copies scales from a head's start on, and takes no other addresses.
+    """
+    *outer, heads, rows = shape
+    return torch.zeros(*outer, heads, -(-rows // 4) * 4, device=device)[..., :rows]
 
 
 @dataclass

@@ -13,9 +13,11 @@ time before its wait. Shared memory starts as NaN. `Fault` is raised for
 - shared memory written by instructions (a barrier's init included) and then used by TMA or wgmma without a
   `fence_async_shared` between them;
 - a result of wgmma that is used before its wait; stores, wgmmas or copies that nobody waited for at the end; arrivals
-  beyond a barrier's count; every partition waiting (a deadlock).
-Not modelled: layouts, swizzles, alignment, numbers of registers, and threads within a partition, where the compiler
-sets its own barriers. All of that is seen in what the compiler makes of the kernel.
+  beyond a barrier's count; every partition waiting (a deadlock);
+- a descriptor, the start of a copy or its place in shared memory that breaks a rule of TMA (kernels/tma.py); buffers
+  start at whole swizzles there, as Triton's allocator places them.
+Not modelled: layouts, what swizzles do, places of barriers, numbers of registers, and threads within a partition, where
+the compiler sets its own barriers. All of that is seen in what the compiler makes of the kernel.
 """
 
 from __future__ import annotations
@@ -220,9 +222,8 @@ def async_copy_global_to_shared(descriptor, coordinates, barrier, result, pred=T
     if not pred:
         return
     partition, machine = here(), RUNNING[-1]
-    bit, (outer, inner) = machine.event(), descriptor.box(coordinates)
+    bit, (outer, inner) = machine.event(), descriptor.box(coordinates, result)
     barrier.one.check(partition, partition.fenced)
-    descriptor.fits(result)
     result.touch(partition, bit, "copy", write=True)
     result.data.fill_(float("nan"))  # it may be written from now on
     result.written.fill_(False)
@@ -239,8 +240,7 @@ def async_copy_global_to_shared(descriptor, coordinates, barrier, result, pred=T
 
 def async_copy_shared_to_global(descriptor, coordinates, source):
     partition, machine = here(), RUNNING[-1]
-    bit, (outer, inner) = machine.event(), descriptor.box(coordinates)
-    descriptor.fits(source)
+    bit, (outer, inner) = machine.event(), descriptor.box(coordinates, source, stored=True)
     source.touch(partition, bit, "TMA store", write=False)
 
     def happen():

@@ -17,6 +17,8 @@ from types import SimpleNamespace
 
 import torch
 
+from liverelay.kernels.tma import View
+
 WEIGHTS = (0.01, 0.1, 1.0, 1.0, 10.0)  # how readily a partition or an operation is picked
 RUNNING: list[Machine] = []  # the innermost is the one that runs
 
@@ -360,22 +362,24 @@ class Descriptor:
 
     def __init__(self, given):
         self.given, self.shape, self.dtype = given, list(given.block_shape), given.base.dtype
-        if not 1 <= len(self.shape) <= 5 or max(self.shape) > 256:
-            raise Fault(f"a box {self.shape}: at most five dimensions of at most 256")
-        self.layout = given.layout
+        self.view, self.layout = View.of(given), given.layout
+        for fault in self.view.faults():
+            raise Fault(f"a descriptor of {self.dtype} {list(given.shape)}: {fault}")
         self.block_type = SimpleNamespace(nbytes=math.prod(self.shape) * self.dtype.itemsize, shape=self.shape)
 
     @property
     def tensor(self):
         return self.given.base.as_strided(self.given.shape, self.given.strides)
 
-    def box(self, coordinates):
-        """Slices of the tensor and of a box that is put there."""
+    def box(self, coordinates, memory, stored=False):
+        """Slices of the tensor and of a box in shared memory; Fault where the device could not copy between them."""
+        at = memory.data.storage_offset() * memory.dtype.itemsize
+        found = [self.view.start_fault(coordinates[-1]), self.view.memory_fault(at)]
+        if fault := next(filter(None, [*found, self.view.store_fault() if stored else ""]), ""):
+            raise Fault(f"{fault} ({self.dtype} {list(self.given.shape)} at {list(coordinates)}, {memory.name})")
+        if memory.shape != self.shape or memory.dtype != self.dtype or not memory.data.is_contiguous():
+            raise Fault(f"a box {self.shape} of {self.dtype} and {memory.name}: {memory.shape} of {memory.dtype}")
         ranges = [(at, max(0, at), min(at + size, whole), size)
                   for at, size, whole in zip(coordinates, self.shape, self.given.shape, strict=True)]  # fmt: skip
         outer = tuple(slice(low, max(low, high)) for _, low, high, _ in ranges)
         return outer, tuple(slice(low - at, max(low, high) - at) for at, low, high, _ in ranges)
-
-    def fits(self, memory):
-        if memory.shape != self.shape or memory.dtype != self.dtype:
-            raise Fault(f"a box {self.shape} of {self.dtype} and {memory.name}: {memory.shape} of {memory.dtype}")

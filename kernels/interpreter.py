@@ -6,7 +6,8 @@ Import it before any kernel. The stock interpreter (3.6 to 3.9) is wrong or stop
 - bfloat16 and FP8 are raw integers to it: dot, arithmetic and comparisons give garbage;
 - float32 to bfloat16 truncates; float32 to FP8 loses a carry and does not saturate;
 - `tl.range` up to a runtime number fails with numpy 2.4 or newer;
-- addresses outside of every tensor are read and written silently; here they raise IndexError.
+- addresses outside of every tensor are read and written silently; here they raise IndexError;
+- loads and stores through tensor descriptors that TMA cannot do pass, or fail without a text; here a ValueError says why.
 Casts are torch's own CPU casts. Reductions over bfloat16 raise an error: cast to float32 first.
 """
 import numpy as np
@@ -244,6 +245,32 @@ def create_masked_store(self, ptrs, value, mask, *a, **k):
 
 
 B.create_masked_load, B.create_masked_store = create_masked_load, create_masked_store
+
+# ---- tensor descriptors: where a copy may start and a store may end (kernels/tma.py)
+_stock_pointers, _stock_descriptor_store = I.TensorDescHandle.materialize_pointers, B.create_descriptor_store
+
+
+def _descriptor_view(desc):
+    from liverelay.kernels.tma import View  # imports launch, which imports this file
+    shape, strides = (tuple(int(np.asarray(n.data).item()) for n in numbers) for numbers in (desc.shape, desc.strides))
+    size = desc.base.dtype.element_ty.primitive_bitwidth // 8
+    return View(int(desc.base.data.item()), size, shape, strides, tuple(int(n) for n in desc.block_shape))
+
+
+def materialize_pointers(self, offsets):
+    if fault := _descriptor_view(self).start_fault(int(np.asarray(offsets[-1].data).item())):
+        raise ValueError("TMA: " + fault)
+    return _stock_pointers(self, offsets)
+
+
+def create_descriptor_store(self, desc, value, indices):
+    if fault := _descriptor_view(desc).store_fault():
+        raise ValueError("TMA: " + fault)
+    return _stock_descriptor_store(self, desc, value, indices)
+
+
+I.TensorDescHandle.materialize_pointers = materialize_pointers
+B.create_descriptor_store = create_descriptor_store
 
 # ---- libdevice stubs -> numpy (stock stubs return None)
 from triton.language.extra import libdevice as _ld

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,12 +23,21 @@ if INTERPRETED:
     from liverelay.kernels import interpreter  # noqa: F401  (mends Triton's interpreter when imported)
 
 
+class Launch(NamedTuple):
+    """A launch that was only compiled, and what it would have been started with."""
+
+    name: str
+    compiled: Any
+    programs: int
+    arguments: tuple[Any, ...]
+
+
 @dataclass
 class Compiled:
-    """What `compile_only` gathers: (kernel name, compiled kernel, number of programs) of every launch."""
+    """What `compile_only` gathers: every launch."""
 
     arch: int
-    kernels: list[tuple[str, Any, int]] = field(default_factory=list)
+    kernels: list[Launch] = field(default_factory=list)
 
 
 _compile_only: list[Compiled] = []
@@ -70,7 +79,7 @@ def run(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
     """Launch `programs` programs of a kernel on the tensors' device."""
     if _compile_only:
         compiled = kernel.warmup(*args, grid=(programs,), **meta)
-        _compile_only[-1].kernels.append((kernel.fn.__name__, compiled, programs))
+        _compile_only[-1].kernels.append(Launch(kernel.fn.__name__, compiled, programs, args))
         return
     if INTERPRETED and getattr(kernel, "is_gluon", bool)():  # Triton's interpreter knows no Gluon
         from liverelay.kernels import gluon_interpreter

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from liverelay.kernels import torch_ops
-from liverelay.kernels.contract import FP8, Place
+from liverelay.kernels.contract import FP8, Place, head_scales
 from liverelay.kernels.launch import ELEMENTS, check, next_power_of_two, refuse, run
 from liverelay.kernels.quant import reference_rows, store_quantized
 from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, poisoned, random
@@ -208,8 +208,9 @@ def make_inputs(
         "arena": random((rows, heads, head_dim), torch.float32, rng, device).to(kept),
     }
     if quantize:
-        outputs["q_scale"] = poisoned((heads, tokens), torch.float32, device)
-        outputs["k_scale"] = random((heads, rows), torch.float32, rng, device).abs()
+        outputs["q_scale"] = head_scales((heads, tokens), device).fill_(float("nan"))
+        outputs["k_scale"] = head_scales((heads, rows), device)
+        outputs["k_scale"].copy_(random((heads, rows), torch.float32, rng, device).abs())
     outs = tuple(outputs.values())
     table = _angles(tokens, head_dim // 2, rng, device)
     place = Place.make(device).fill(rows - tokens, rows, bool(dims["moved"]))

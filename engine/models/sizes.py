@@ -98,8 +98,9 @@ def arena_bytes(
     if sink_only:
         rows = geometry.sink_tokens
     keys = values = rows * config.dim * element
-    if fp8:  # codes of keys with their scales, codes of values padded to 16 bytes
-        keys, values = rows * (config.dim + 4 * config.num_heads), -(-rows // 16) * 16 * config.dim
+    if fp8:  # codes of keys with their scales, codes of values; rows of scales and of values are padded to 16 bytes
+        keys = rows * config.dim + -(-rows // 4) * 16 * config.num_heads
+        values = -(-rows // 16) * 16 * config.dim
     return config.num_layers * (keys + values + reference)
 
 

@@ -19,7 +19,7 @@ from liverelay.engine.models.geometry import (
     motion_angles,
     split_pairs,
 )
-from liverelay.kernels.contract import FP8, Place
+from liverelay.kernels.contract import FP8, Place, head_scales
 
 # Writes that may be under way: a block writes once for each of its steps, a new sink once, and a stage is at most two
 # blocks ahead of its device.
@@ -94,7 +94,7 @@ class Workspace:
         self.q, self.attended = make(*heads), make(*heads)
         # Queries of FP8 attention and their scales; other attentions keep to q.
         self.q8 = make(*heads, of=FP8) if fp8_attention else None
-        self.q_scale = torch.empty((config.num_heads, tokens), device=device) if fp8_attention else None
+        self.q_scale = head_scales((config.num_heads, tokens), device) if fp8_attention else None
         self.head = make(width, of=torch.float32)
         self.flow = make(4 * config.in_channels)
         self._make_control(config.head_dim, device)

@@ -121,9 +121,9 @@ def test_refusals_in_fp8(device: torch.device, seed: int) -> None:
     with pytest.raises(ValueError, match="specialised attention: needs contiguous"):
         attention(q, k, v, out.float(), place, scales)
     room = torch.ones(2 * 8 + 1, device=device)
-    for wrong in ((v[1:], k[1:], scales.k[:, 1:]), (v, k, room[1:].view(2, 8))):
-        with pytest.raises(ValueError, match="specialised attention: v and k's scales must start at multiples of 16"):
-            attention(q, wrong[1], wrong[0], out, place, Scales(scales.q, wrong[2], 1.0))
+    for what, *wrong in (("v", k[1:], v[1:], scales.k[:, 1:]), ("the scale of k", k, v, room[1:].view(2, 8))):
+        with pytest.raises(ValueError, match=f"specialised attention: TMA cannot take {what}: it starts [14] bytes"):
+            attention(q, *wrong[:2], out, place, Scales(scales.q, wrong[2], 1.0))
 
 
 # -- the machine ------------------------------------------------------------------------------------------------------
