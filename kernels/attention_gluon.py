@@ -27,7 +27,6 @@ anywhere, do keys keep their order and weights move between threads.
 from __future__ import annotations
 
 from dataclasses import replace
-from math import gcd
 from typing import Any
 
 import torch
@@ -358,8 +357,8 @@ def descriptors(name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, k_scale
         groups = (rows // 16, 2, 4, 2, width) if rows >= 16 else (1, 1, 1, 1, width)  # only the last tile has others
         turned = k.as_strided(groups, (16 * width, 2 * width, 4 * width, width, 1))
         shuffled = describe("the shuffled k", turned, [tile_n // 16, 2, 4, 2, head_dim])
-        flat = k_scales.as_strided(((heads - 1) * stride + rows,), (1,))  # copied from head * stride + whole tiles on
-        scale = describe("the scale of k", flat, [tile_n], start=gcd(tile_n, stride if heads > 1 else 0))
+        flat = k_scales.as_strided(((heads - 1) * stride + rows,), (1,))
+        scale = describe("the scale of k", flat, [tile_n], start=stride if heads > 1 else 0)
     return (describe("q", q.flatten(1), [half, head_dim]), keys, values,
             describe("out", out.flatten(1), [half, head_dim], stored=True), shuffled, scale)  # fmt: skip
 

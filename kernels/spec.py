@@ -68,6 +68,11 @@ class KernelSpec:
         return not arch or self.min_arch <= arch <= (self.max_arch or arch)
 
     @property
+    def family(self) -> str:
+        """The file of kernels/ that launches it: on a GPU, tests of each run in a process of their own."""
+        return self.launch.__module__.rpartition(".")[2]
+
+    @property
     def summary(self) -> str:
         """First line of the launcher's docstring."""
         return (self.launch.__doc__ or "").strip().splitlines()[0]

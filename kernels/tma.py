@@ -21,10 +21,10 @@ Of a copy:
 - shared memory starts at a multiple of 128 bytes, or of eight rows of a swizzle (`memory_fault`); a barrier, of 8.
   Triton's allocator sees to both where a whole buffer, or one entry of its first dimension, is the target.
 
-Who checks: launchers here, with the element count of which every start is a multiple (strides that become starts); the
-ahead-of-time gate once more, with the boxes and the swizzle that the compiler chose (`compiled_faults`). Neither sees
-the starts of single copies, which exist in the kernel alone: those are checked in the interpreters, Gluon's copies in
-kernels/gluon_machine.py, Triton's loads and stores in its own interpreter and in kernels/interpreter.py.
+Who checks: launchers here, strides that become starts of copies among the rest; the ahead-of-time gate once more, with
+the boxes and the swizzle that the compiler chose (`compiled_faults`). Neither sees the starts of single copies, which
+exist in the kernel alone: those are checked in the interpreters, Gluon's copies in kernels/gluon_machine.py, Triton's
+loads and stores in kernels/interpreter.py.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def descriptor(
 ) -> Any:
     """A descriptor of a tensor or of a view of it: Gluon's where a layout of shared memory is given, else Triton's.
 
-    start: the elements of which the start of every copy in the innermost dimension is a multiple (0: the block's);
-    stored: the kernel writes through it. ValueError in one line, with the kernel and `what` the tensor is, where TMA
+    start: copies start in the innermost dimension at multiples of this many elements, plus whole blocks; stored: the
+    kernel writes through it. ValueError in one line, with the kernel and `what` the tensor is, where TMA
     cannot take it.
     """
     made = View(

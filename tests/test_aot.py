@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 from bench import aot
 from bench.aot import Selection, Table, faults, jobs_of, regressions, summary, violations
-from bench.fake_gpu import Job, Result, Row, occupancy, read_log
+from bench.fake_gpu import Job, Result, Row, check_descriptors, occupancy, read_log
 from liverelay.kernels.spec import GFX942, KernelSpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -252,6 +253,21 @@ def test_a_crash_of_the_compiler_costs_one_job() -> None:
     results = list(aot.compile_all(jobs, 1, dies_on_two))
     assert [result.job for result in results] == jobs
     assert [result.error for result in results] == ["", "", "the compiler's process died", ""]
+
+
+def test_a_descriptor_that_tma_refuses_fails_its_launch() -> None:
+    tma = pytest.importorskip("liverelay.kernels.tma", exc_type=ImportError)
+    given = tma.descriptor("a kernel", "x", torch.zeros(64, 128), [64, 32])
+    boxes = [{"elem_size": 4, "block_size": [64, 32], "swizzle": 3}]
+    launch = types.SimpleNamespace(
+        name="a_kernel", arguments=(7, given), compiled=types.SimpleNamespace(metadata=types.SimpleNamespace())
+    )
+    for found in ([], boxes):  # where descriptors become pointers there are none
+        launch.compiled.metadata.tensordesc_meta = found
+        check_descriptors(launch)
+    boxes[0]["block_size"] = [512, 32]
+    with pytest.raises(ValueError, match=r"^a_kernel: TMA cannot take descriptor 0: a box \[512, 32\] is not of 1"):
+        check_descriptors(launch)
 
 
 @pytest.mark.usefixtures("compiler")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from liverelay.engine.cache import Arena
 from liverelay.engine.checkpoint import find_checkpoint
 from liverelay.engine.cli import main
 from liverelay.engine.devices import check_fp8, fp8_parts
@@ -19,7 +21,9 @@ from liverelay.engine.inspection import inspect_checkpoint
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.models.sizes import arena_bytes
+from liverelay.engine.models.weights import save_tensors
 from liverelay.engine.quantize import quantize_checkpoint
+from liverelay.engine.relay.stage import Place, Stage
 from liverelay.kernels import torch_ops
 from tests.compare import relative
 from tests.test_checkpoint import tensors_of
@@ -129,6 +133,35 @@ def test_fp8_attention_halves_the_arena(checkpoint: Path) -> None:
         assert other.k_scale is None or other.k_scale.sum(dim=2).eq(sink).all()
         sizes.append(arena.k.nbytes + arena.v.untyped_storage().nbytes())
     assert sizes[1] <= 0.55 * sizes[0]
+
+
+@pytest.mark.parametrize("frame_tokens", [1, 3, 16])
+def test_an_arena_with_any_number_of_rows_is_saved_and_loaded(
+    checkpoint: Path, tmp_path: Path, rng: torch.Generator, frame_tokens: int
+) -> None:
+    """Gaps between the heads' scales are no part of a state, and a loaded one has them where the device wants them."""
+    _, config = find_checkpoint(checkpoint).open_dit()
+    sink = frame_tokens * 5 // 2
+    geometry = SimpleNamespace(frame_tokens=frame_tokens, sink_tokens=sink, arena_tokens=sink + 12 * frame_tokens)
+    places = []
+    for position in (31, 57):
+        arena = Arena(config, geometry, "cpu", torch.bfloat16, fp8=True)
+        assert arena.nbytes == arena_bytes(config, geometry, 2, fp8=True)
+        assert all(layer.data_ptr() % 16 == 0 for part in (arena.k, arena.v, arena.k_scale) for layer in part)
+        assert arena.k_scale.stride(1) * 4 % 16 == arena.v.stride(3) % 16 == 0
+        for tensor in arena.tensors().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=rng))
+        arena.reference_position = position
+        places.append(SimpleNamespace(arenas={2: arena}, decoder=None))
+        places[-1].tensors = lambda place=places[-1]: Place.tensors(place)
+    first, second = (SimpleNamespace(places={5: place}) for place in places)
+    saved, numbers = Stage.save(first, 5)
+    save_tensors(tmp_path / "state", saved, {})
+    Stage.load(second, 5, load_file(tmp_path / "state"), numbers)
+    arenas = [place.arenas[2] for place in places]
+    assert arenas[1].reference_position == 31 and arenas[1].k_scale.stride(1) * 4 % 16 == 0
+    for name, tensor in arenas[0].tensors().items():
+        assert torch.equal(tensor.float(), arenas[1].tensors()[name].float())
 
 
 def test_no_value_can_saturate_in_fp8_attention(checkpoint: Path, rng: torch.Generator) -> None:
