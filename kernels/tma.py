@@ -17,7 +17,7 @@ Of a copy:
 - its start in the innermost dimension is a multiple of 16 bytes (`start_fault`): the address must be one, also where
   the map has one dimension only and the start is all there is to it. Starts below 0 and beyond the end are allowed;
 - a store writes whole pieces of 16 bytes, so the innermost dimension has to be a multiple of them, or the store goes on
-  past its end (`store_fault`); a load fills what lies beyond it with zeros to the element;
+  past its end (`store_fault`);
 - shared memory starts at a multiple of 128 bytes, or of eight rows of a swizzle (`memory_fault`); a barrier, of 8.
   Triton's allocator sees to both where a whole buffer, or one entry of its first dimension, is the target.
 
