@@ -74,7 +74,7 @@ using RingWord = std::atomic<std::uint64_t>;
 enum RingState : std::uint64_t { kFree = 0, kWriting = 1, kFull = 2, kHeld = 3 };
 constexpr std::uint64_t ring_word(std::uint64_t position, RingState state) { return position << 2U | state; }
 
-enum RingFormat : std::uint32_t { kNoFrame = 0, kRgb24 = 1, kNv12 = 2 };
+enum RingFormat : std::uint32_t { kNoFrame = 0, kRgb24 = 1, kNv12 = 2 };  // NV12: BT.709, limited range
 
 struct RingMeta {            // at offset 64 of a slot
   std::uint64_t sequence;    // counts pushes; a gap is what was dropped

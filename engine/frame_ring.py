@@ -47,6 +47,7 @@ PEERS = ("none", "alive", "dead")
 class RingFrame:
     """A frame in the ring's memory. frame: uint8 [H, W, 3] ("rgb24"), [3/2 H, W] ("nv12") or None; audio: float32 [n].
 
+    The engine's NV12 is BT.709 in limited range, as its video files are.
     sequence counts the writer's pushes, so a gap is what was dropped. index, pts_ns (presentation time): the writer's.
     pushed_ns: time.monotonic_ns() when it was published. Arrays are writable views, valid as long as they exist.
     """

@@ -147,6 +147,7 @@ def _begin(
         "image": digest(inputs.picture), "audio": f"{digest(sound)} {rate}", "prompt": options.prompt,
         "seed": options.seed, "size": [*(options.size or (0, options.max_area))], "live": options.live,
         "relative distance": engine.stream.relative_distance, "checkpoint or precision": engine.model_id,
+        "colour standard": media.COLOURS,
     }  # fmt: skip
     video = RecoverableVideo(options.out, run, sound=sound, rate=rate, fps=fps)
     try:

@@ -1,4 +1,6 @@
-"""Video files and pictures: H.264 with AAC sound through PyAV, contact sheets, facts about a written file.
+"""Video files and pictures: H.264 with AAC sound through PyAV, NV12, contact sheets, facts about a written file.
+
+All video is BT.709 in limited range, by the conversion of `to_nv12`, and says so.
 
 A video is written beside its target and renamed when it is whole, so no half-written file ever has the target's name.
 """
@@ -17,14 +19,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from liverelay.engine.errors import InputError, MissingExtraError, OutputError
+from liverelay.kernels.vae_ops import bytes_to_nv12
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 AUDIO_BIT_RATE = 192_000
 REORDERED = 2  # frames that the encoder may hold back: B-frames that refer to others
 CRF = 10  # the published writer's quality 8
+COLOURS = "BT.709 limited"
+# What the bitstream and the container say of `to_nv12`. Readers guess at a file that says nothing, each its own way.
+COLOUR_TAGS = {
+    "color_range": "tv", "color_primaries": "bt709", "color_trc": "bt709", "colorspace": "bt709",
+    "chroma_sample_location": "center",
+}  # fmt: skip
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 Frames = npt.NDArray[np.uint8]
 Sound = npt.NDArray[np.float32]
@@ -105,6 +115,13 @@ def part_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
 
 
+def to_nv12(frame: Frames) -> Frames:
+    """A picture [H, W, 3], even sides, as NV12 [3/2 H, W], BT.709 limited range: rows of Y, then rows of Cb, Cr."""
+    pixels = torch.from_numpy(np.require(frame, requirements=["C", "W"]))  # torch warns of what may not be written
+    nv12: Frames = bytes_to_nv12(pixels[None])[0].numpy()
+    return nv12
+
+
 class _Sound:
     """The AAC stream of a file. Sound keeps its own rate where AAC knows it, else it becomes 48 kHz."""
 
@@ -149,7 +166,7 @@ def _cannot_write(path: Path, error: OSError) -> OutputError:
 
 
 class VideoWriter:
-    """H.264 (yuv420p) and AAC into mp4, mov or mkv. `close` gives the file its name; `abort` leaves nothing.
+    """H.264 (4:2:0, BT.709) and AAC into mp4, mov or mkv. `close` gives the file its name; `abort` leaves nothing.
 
     size: (width, height), even numbers; audio_rate: of the sound, None for a video without one.
     """
@@ -162,9 +179,9 @@ class VideoWriter:
         self._part = part_path(real_path(path))
         self._file = _create(self._part, path)
         # Without macroblock-tree rate control, whose result is not the same in every run of equal frames.
-        coding = {"crf": str(crf), "preset": preset, "x264-params": "mbtree=0"}
+        coding = {"crf": str(crf), "preset": preset, "x264-params": "mbtree=0", **COLOUR_TAGS}
         self._video = self._file.add_stream("libx264", rate=fps, options=coding)
-        self._video.width, self._video.height, self._video.pix_fmt = *size, "yuv420p"
+        self._video.width, self._video.height, self._video.pix_fmt = *size, "nv12"
         self._tick = Fraction(1, fps)
         self._sound = None if audio_rate is None else _Sound(self._file, audio_rate, audio_channels)
 
@@ -173,7 +190,7 @@ class VideoWriter:
         av = _av()
         try:
             for pixels in frames:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                frame = av.VideoFrame.from_ndarray(to_nv12(pixels), format="nv12")
                 frame.pts, frame.time_base = self.frames, self._tick
                 self._file.mux(self._video.encode(frame))
                 self.frames += 1
@@ -251,7 +268,8 @@ def pictures_of(path: Path) -> Iterator[Frames]:
     """The frames of a video file, one by one, [1, H, W, 3]."""
     with _av().open(str(path)) as file:
         for frame in file.decode(video=0):
-            yield frame.to_ndarray(format="rgb24")[None]
+            # RGB is full range. Where it is not told so, PyAV 13 takes no notice of the file's colour tags.
+            yield frame.reformat(format="rgb24", dst_color_range="JPEG").to_ndarray()[None]
 
 
 class ContactSheet:

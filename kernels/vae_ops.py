@@ -38,18 +38,28 @@ def to_nv12(frames: Tensor, out: Tensor | None = None) -> Tensor:
 
     frames [3, T, H, W], H and W even -> [T, H * 3/2, W] uint8: H rows of Y, then H/2 rows of interleaved Cb, Cr.
     """
-    r, g, b = unit(frames.float())
-    luma = 0.2126 * r + 0.7152 * g + 0.0722 * b
-    mean_r, mean_g, mean_b = (_mean_2x2(part) for part in (r, g, b))
-    mean_luma = 0.2126 * mean_r + 0.7152 * mean_g + 0.0722 * mean_b
-    cb = (mean_b - mean_luma) * (224 / 1.8556) + 128
-    cr = (mean_r - mean_luma) * (224 / 1.5748) + 128
-    chroma = torch.stack((cb, cr), dim=-1).flatten(2)
-    scaled = torch.cat((luma * 219 + 16, chroma), dim=1).add_(0.5)
-    return scaled.to(torch.uint8) if out is None else out.copy_(scaled)
+    return _to_nv12(unit(frames.float()), out)
 
 
-def _mean_2x2(x: Tensor) -> Tensor:
-    """[T, H, W] -> [T, H/2, W/2]; rows are added first."""
-    columns = x[:, 0::2] + x[:, 1::2]
-    return (columns[..., 0::2] + columns[..., 1::2]) * 0.25
+def bytes_to_nv12(pixels: Tensor, out: Tensor | None = None) -> Tensor:
+    """The same of packed RGB bytes: [T, H, W, 3] uint8, H and W even -> [T, H * 3/2, W] uint8."""
+    return _to_nv12(pixels.permute(3, 0, 1, 2).contiguous().float().div_(255), out)
+
+
+def _to_nv12(rgb: Tensor, out: Tensor | None) -> Tensor:
+    """Of colours in 0..1, [3, T, H, W] float32."""
+    _, count, height, width = rgb.shape
+    if out is None:
+        out = torch.empty(count, height // 2 * 3, width, dtype=torch.uint8, device=rgb.device)
+    out[:, :height] = _luma(rgb).mul_(219).add_(16).add_(0.5)
+    rows = rgb[:, :, 0::2] + rgb[:, :, 1::2]
+    mean = (rows[..., 0::2] + rows[..., 1::2]).mul_(0.25)
+    luma, chroma = _luma(mean), out[:, height:].unflatten(2, (-1, 2))
+    chroma[..., 0] = (mean[2] - luma).mul_(224 / 1.8556).add_(128).add_(0.5)
+    chroma[..., 1] = (mean[0] - luma).mul_(224 / 1.5748).add_(128).add_(0.5)
+    return out
+
+
+def _luma(rgb: Tensor) -> Tensor:
+    r, g, b = rgb
+    return (0.2126 * r).add_(0.7152 * g).add_(0.0722 * b)

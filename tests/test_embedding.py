@@ -77,7 +77,7 @@ def library_of(prefix: Path) -> Path:
 
 
 def frames_of(output: str) -> int:
-    found = re.search(r"^(\d+) frames: ffmpeg .*-s 128x128", output, re.MULTILINE)
+    found = re.search(r"^(\d+) frames: ffmpeg .*bt709.* -s 128x128", output, re.MULTILINE)
     assert found, output
     return int(found[1])
 

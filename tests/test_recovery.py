@@ -18,7 +18,7 @@ av = pytest.importorskip("av", reason="PyAV is not installed")
 soundfile = pytest.importorskip("soundfile", reason="soundfile is not installed")
 from PIL import Image  # noqa: E402
 
-from liverelay.engine import recovery  # noqa: E402
+from liverelay.engine import media, recovery  # noqa: E402
 from liverelay.engine.cli import main  # noqa: E402
 from liverelay.engine.errors import OutputError  # noqa: E402
 from liverelay.engine.media import VideoWriter, join_videos, pictures_of, probe  # noqa: E402
@@ -133,6 +133,16 @@ def test_the_state_of_another_run_is_kept_and_refused(
     assert main(arguments(checkpoint, inputs, "--snapshot-every", 2, *flags)) == 1
     assert text in capsys.readouterr().err.splitlines()[-1]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_pieces_of_another_colour_standard_are_not_joined(
+    checkpoint: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(media, "COLOURS", "another")
+        begin_and_fail(checkpoint, inputs, monkeypatch)
+    assert main(arguments(checkpoint, inputs, "--snapshot-every", 2)) == 1
+    assert "another colour standard" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_broken_state_is_one_line(

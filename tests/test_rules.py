@@ -40,7 +40,7 @@ LAYERS = (
     "session steps",
     "engine",
     "make_checkpoint recovery launch quantize",
-    "generate serving serving.protocol serving.nv12",
+    "generate serving serving.protocol",
     "serving.sockets",
     "serving.states",
     "serving.worker",

@@ -41,7 +41,7 @@ typedef enum liverelay_code {
   LIVERELAY_E_SYSTEM = -11     /**< no memory, no shared memory, no descriptors */
 } liverelay_code;
 
-enum { LIVERELAY_RGB24 = 1, LIVERELAY_NV12 = 2 };       /**< NV12: BT.601, limited range */
+enum { LIVERELAY_RGB24 = 1, LIVERELAY_NV12 = 2 };       /**< NV12: BT.709, limited range, chroma of 2x2 pixels' mean */
 enum { LIVERELAY_BLOCK = 0, LIVERELAY_DROP_OLDEST = 1 }; /**< what happens when frames are not popped in time */
 enum { LIVERELAY_S16 = 1, LIVERELAY_F32 = 2 };          /**< samples: int16_t, or float in [-1, 1] */
 enum { LIVERELAY_RUNS = 1, LIVERELAY_ENDED = 2, LIVERELAY_FAILED = 3 };

@@ -56,7 +56,7 @@ class Tag(IntEnum):
     MAX_AREA = 7
     SEED = 8
     STREAM = 9  # with the seed the key of all randomness
-    PIXELS = 10  # 1 rgb24, 2 nv12
+    PIXELS = 10  # 1 rgb24, 2 nv12 (BT.709, limited range)
     POLICY = 11  # 0 block, 1 drop the oldest
     SLOTS = 12
     IDLE = 13

@@ -19,8 +19,8 @@ import numpy as np
 
 from liverelay.engine.errors import InputError, LiveRelayError, RingClosedError, RingError, RingPeerError
 from liverelay.engine.frame_ring import FrameRing, PixelFormat, Policy
+from liverelay.engine.media import to_nv12
 from liverelay.engine.models.audio import SAMPLE_RATE
-from liverelay.engine.serving.nv12 import to_nv12
 from liverelay.engine.serving.protocol import Code
 from liverelay.engine.serving.states import States
 from liverelay.engine.session import Session

@@ -2,7 +2,8 @@
  *
  *   liverelay serve --checkpoint DIR --socket run/liverelay
  *   talk_c run/liverelay portrait.png speech.wav out.rgb out.wav
- *   ffmpeg -f rawvideo -pix_fmt rgb24 -s WxH -r 25 -i out.rgb -i out.wav talk.mp4
+ *   ffmpeg -f rawvideo -pix_fmt rgb24 -color_primaries bt709 -color_trc bt709 -s WxH -r 25 -i out.rgb -i out.wav
+ *     -vf scale=out_color_matrix=bt709:out_range=tv -pix_fmt yuv420p talk.mp4
  *
  * It prints the ffmpeg command with the video's size. Both WAV files have 16 bits a sample.
  */
@@ -142,8 +143,9 @@ int main(int argc, char** argv) {
   check(liverelay_disconnect(client), "disconnect");
   write_header(audio, info.sample_rate, (uint32_t)(2 * heard), argv[5]);
   if (fclose(video) != 0 || fclose(audio) != 0) fail("cannot write", argv[4]);
-  printf("%" PRIu64 " frames: ffmpeg -f rawvideo -pix_fmt rgb24 -s %ux%u -r %u -i %s -i %s talk.mp4\n", frames,
-         (unsigned)info.width, (unsigned)info.height, (unsigned)info.frames_per_second, argv[4], argv[5]);
+  printf("%" PRIu64 " frames: ffmpeg -f rawvideo -pix_fmt rgb24 -color_primaries bt709 -color_trc bt709 -s %ux%u -r %u "
+         "-i %s -i %s -vf scale=out_color_matrix=bt709:out_range=tv -pix_fmt yuv420p talk.mp4\n",
+         frames, (unsigned)info.width, (unsigned)info.height, (unsigned)info.frames_per_second, argv[4], argv[5]);
   free(picture);
   free(speech.samples);
   return 0;

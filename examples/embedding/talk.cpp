@@ -3,7 +3,8 @@
 //
 //   liverelay serve --checkpoint DIR --socket run/liverelay
 //   talk_cpp run/liverelay portrait.png speech.wav out.nv12 out.wav
-//   ffmpeg -f rawvideo -pix_fmt nv12 -s WxH -r 25 -i out.nv12 -i out.wav talk.mp4
+//   ffmpeg -f rawvideo -pix_fmt nv12 -color_primaries bt709 -color_trc bt709 -colorspace bt709 -color_range tv
+//     -s WxH -r 25 -i out.nv12 -i out.wav talk.mp4
 #include <liverelay.h>
 
 #include <algorithm>
@@ -144,7 +145,8 @@ void run(char** argv) {
   }
   mouth.join();
   if (!video.flush() || !audio.end()) throw std::runtime_error("cannot write the video");
-  std::cout << frames << " frames: ffmpeg -f rawvideo -pix_fmt nv12 -s " << info.width << "x" << info.height << " -r "
+  std::cout << frames << " frames: ffmpeg -f rawvideo -pix_fmt nv12 -color_primaries bt709 -color_trc bt709 "
+            << "-colorspace bt709 -color_range tv -s " << info.width << "x" << info.height << " -r "
             << info.frames_per_second << " -i " << argv[4] << " -i " << argv[5] << " talk.mp4\n";
 }
 

@@ -2,7 +2,8 @@
 
     liverelay serve --checkpoint DIR --socket run/liverelay
     python talk_ctypes.py PREFIX/lib/libliverelay.so run/liverelay portrait.png speech.wav out.rgb out.wav
-    ffmpeg -f rawvideo -pix_fmt rgb24 -s WxH -r 25 -i out.rgb -i out.wav talk.mp4
+    ffmpeg -f rawvideo -pix_fmt rgb24 -color_primaries bt709 -color_trc bt709 -s WxH -r 25 -i out.rgb -i out.wav \\
+        -vf scale=out_color_matrix=bt709:out_range=tv -pix_fmt yuv420p talk.mp4
 """
 
 from __future__ import annotations
@@ -92,7 +93,10 @@ def main() -> None:
             check(library.liverelay_release(session, byref(frame)))
     check(library.liverelay_close(session))
     check(library.liverelay_disconnect(client))
-    print(f"{frames} frames: ffmpeg -f rawvideo -pix_fmt rgb24 -s {size} -r 25 -i {video_path} -i {wav_path} talk.mp4")
+    print(
+        f"{frames} frames: ffmpeg -f rawvideo -pix_fmt rgb24 -color_primaries bt709 -color_trc bt709 -s {size} -r 25 "
+        f"-i {video_path} -i {wav_path} -vf scale=out_color_matrix=bt709:out_range=tv -pix_fmt yuv420p talk.mp4"
+    )
 
 
 if __name__ == "__main__":

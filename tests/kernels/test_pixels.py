@@ -97,6 +97,17 @@ def test_to_nv12_agrees_with_its_twin(dtype: torch.dtype, device: torch.device, 
     assert torch.equal(pixels.to_nv12(frames), vae_ops.to_nv12(frames))
 
 
+def test_nv12_of_bytes_is_the_kernels_of_the_same_colours(device: torch.device, rng: torch.Generator) -> None:
+    rgb = torch.randint(0, 256, (2, 46, 50, 3), generator=rng, dtype=torch.uint8).to(device)
+    rgb[0, :6, :6] = torch.tensor([255, 0, 0])  # as far from grey as it goes
+    frames = rgb.permute(3, 0, 1, 2).double() / 127.5 - 1
+    exact = pixels.reference_to_nv12(frames, frames)["out"]
+    buffer = torch.full((4, 69, 50), 0xA5, dtype=torch.uint8, device=device)
+    for got in (vae_ops.bytes_to_nv12(rgb), vae_ops.bytes_to_nv12(rgb, buffer[1:3]), pixels.to_nv12(frames.float())):
+        assert got.dtype == torch.uint8 and (got - exact).abs().max() <= 1
+    assert (buffer[0] == 0xA5).all() and (buffer[3] == 0xA5).all()
+
+
 # -- the VAE's norm ---------------------------------------------------------------------------------------------------
 
 
