@@ -25,7 +25,7 @@ EXTRAS = {
     "audio": ["soundfile>=0.13", "soxr>=0.5"],
     "view": ["rich>=13", "nvidia-ml-py>=12", "matplotlib>=3.8"],
     "text": ["ftfy>=6.1", "regex", "sentencepiece", "tokenizers"],
-    "media": ["av>=13", "Pillow>=10"],
+    "media": ["av>=15", "Pillow>=10"],
     "triton": ['triton>=3.4; platform_system == "Linux"'],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})

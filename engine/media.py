@@ -268,7 +268,7 @@ def pictures_of(path: Path) -> Iterator[Frames]:
     """The frames of a video file, one by one, [1, H, W, 3]."""
     with _av().open(str(path)) as file:
         for frame in file.decode(video=0):
-            # RGB is full range. Where it is not told so, PyAV 13 takes no notice of the file's colour tags.
+            # RGB is full range. Where it is not told so, PyAV before 17 takes no notice of the file's colour tags.
             yield frame.reformat(format="rgb24", dst_color_range="JPEG").to_ndarray()[None]
 
 

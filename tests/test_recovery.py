@@ -24,6 +24,7 @@ from liverelay.engine.errors import OutputError  # noqa: E402
 from liverelay.engine.media import VideoWriter, join_videos, pictures_of, probe  # noqa: E402
 from liverelay.engine.recovery import RecoverableVideo  # noqa: E402
 from liverelay.engine.relay.stage import Stage  # noqa: E402
+from tests.colours import exact_rgb  # noqa: E402
 
 SECONDS = 5
 
@@ -224,4 +225,4 @@ def test_joined_videos_show_every_frame_once(tmp_path: Path, numbers: np.random.
             decoded = list(file.decode(video=0))
         assert [round(frame.time * 25) for frame in decoded] == list(range(40))
         for frame, exact in zip(decoded, frames, strict=True):
-            assert np.abs(frame.to_ndarray(format="rgb24").astype(float) - exact).mean() < 6
+            assert np.abs(exact_rgb(frame.to_ndarray()) - exact).mean() < 6

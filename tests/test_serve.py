@@ -237,11 +237,11 @@ def test_nv12_is_bt709_of_the_rgb_frames(client: ServingClient, server: Server, 
     for one in (client, other):
         one.push(waveform)
         one.sound.close()
-    frame, expected = client.pop(), other.pop().frame
-    assert frame.pixel_format == "nv12" and frame.frame is not None and expected is not None
-    assert frame.frame.shape == (96, 64)
-    assert np.abs(frame.frame - exact_nv12(expected)).max() <= 0.501
+    frame, expected = client.pop(), other.pop()
     other.close()
+    assert frame.pixel_format == "nv12" and frame.frame is not None and expected.frame is not None
+    assert frame.frame.shape == (96, 64)
+    assert np.abs(frame.frame - exact_nv12(expected.frame)).max() <= 0.501
 
 
 def test_a_slow_client_delays_nobody(server: Server, client: ServingClient, numbers: Numbers) -> None:
