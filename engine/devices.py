@@ -55,12 +55,6 @@ def device_fault(device: torch.device) -> str:
     return ""
 
 
-def use_exact_float32(device: str, dtype: torch.dtype) -> None:
-    """Where float32 was asked for, a GPU's convolutions are float32 too: cuDNN's default is TF32 (for the process)."""
-    if dtype == torch.float32 and torch.device(device).type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False
-
-
 FP8_PARTS = {"products": (True, False), "attention": (False, True), "all": (True, True)}
 
 

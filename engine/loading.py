@@ -12,14 +12,7 @@ from torch import Tensor
 
 from liverelay.engine.checkpoint import CheckpointFiles, find_checkpoint
 from liverelay.engine.config import DiTConfig
-from liverelay.engine.devices import (
-    check_device,
-    check_fp8,
-    default_device,
-    default_dtype,
-    fp8_parts,
-    use_exact_float32,
-)
+from liverelay.engine.devices import check_device, check_fp8, default_device, default_dtype, fp8_parts
 from liverelay.engine.errors import CheckpointError, InputError
 from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
@@ -78,7 +71,6 @@ class Loader:
         dtype = dtype or default_dtype(device)
         if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"the engine computes in torch.float32 or torch.bfloat16, not {dtype!r}")
-        use_exact_float32(device, dtype)
         fp8_parts(fp8)
         return cls(files, dtype, backend, operators, fp8, text_encoder, say or (lambda line: None))
 

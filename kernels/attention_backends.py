@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from liverelay.kernels import dispatch, torch_ops
 from liverelay.kernels.contract import FP8, Place, Scales, head_scales, transposed
@@ -40,14 +39,29 @@ class Trial:
     fault: str
 
 
-def library(backend: SDPBackend) -> Attention:
-    """PyTorch's attention through one of its own backends."""
+def library(operator: Callable[..., Any], *arguments: Any) -> Attention:
+    """One of PyTorch's attention kernels by its own operator, which is given q, k, v [1, H, n, d] and the arguments.
+
+    `F.scaled_dot_product_attention` decides among them by switches of the process, which other stages depend on.
+    """
 
     def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
-        with sdpa_kernel(backend):
-            return torch_ops.attention(q, k, v, out, place)
+        rows = k.shape[0] if place is None else place.valid
+        heads_first = (part.transpose(0, 1).unsqueeze(0) for part in (q, k[:rows], v[:rows]))
+        attended = operator(*heads_first, *arguments)[0]
+        return out.copy_(attended.squeeze(0).transpose(0, 1))
 
     return attention
+
+
+def libraries() -> dict[str, Attention]:
+    """PyTorch's kernels for a GPU; those with arguments are told that there is no bias and no log-sum is wanted."""
+    aten = torch.ops.aten
+    return {
+        "sdpa-cudnn": library(aten._scaled_dot_product_cudnn_attention.default, None, False),
+        "sdpa-flash": library(aten._scaled_dot_product_flash_attention.default),
+        "sdpa-efficient": library(aten._scaled_dot_product_efficient_attention.default, None, False),
+    }
 
 
 def flash_attention() -> Attention | None:
@@ -87,10 +101,7 @@ def candidates(device: torch.device, triton_works: bool) -> dict[str, Attention]
     """Every implementation that may work on the device, by name; only PyTorch's own on a CPU."""
     if device.type != "cuda":
         return {"torch": torch_ops.attention}
-    found: dict[str, Attention] = {
-        "sdpa-cudnn": library(SDPBackend.CUDNN_ATTENTION), "sdpa-flash": library(SDPBackend.FLASH_ATTENTION),
-        "sdpa-efficient": library(SDPBackend.EFFICIENT_ATTENTION),
-    }  # fmt: skip
+    found = libraries()
     flash = flash_attention()
     if flash is not None:
         found["flash-attn"] = flash

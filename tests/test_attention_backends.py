@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import liverelay.kernels
 from liverelay.engine import Engine
@@ -18,7 +19,15 @@ from liverelay.engine.cli import main
 from liverelay.engine.devices import check_fp8
 from liverelay.engine.errors import InputError
 from liverelay.kernels import attention_backends, dispatch, torch_ops
-from liverelay.kernels.attention_backends import candidates, fastest, flash_attention, fp8_candidates, try_out
+from liverelay.kernels.attention_backends import (
+    candidates,
+    fastest,
+    flash_attention,
+    fp8_candidates,
+    libraries,
+    library,
+    try_out,
+)
 from liverelay.kernels.contract import Place, Scales
 
 LIKE = torch.zeros(1)
@@ -81,6 +90,25 @@ def test_attention_in_fp8_has_candidates_of_its_own(
     found = fp8_candidates(torch.device("cuda"), triton_works=True)
     assert list(found) == [f"triton-{name}" for name in names]
     assert list(fp8_candidates(torch.device("cpu"), triton_works=True)) == ["torch"]
+
+
+@pytest.mark.parametrize("name", list(libraries()))
+@pytest.mark.parametrize("placed", [True, False])
+def test_a_library_is_called_by_an_operator_that_takes_our_arguments(name: str, placed: bool) -> None:
+    q, k, v = (torch.empty(n, 3, 64, device="meta", dtype=torch.bfloat16) for n in (12, 40, 40))
+    place, out = Place.make(torch.device("cpu")).fill(0, 33, False) if placed else None, torch.empty_like(q)
+    assert libraries()[name](q, k, v, out, place) is out  # no values: PyTorch checks schema, shapes and dtypes
+
+
+def test_a_library_computes_our_attention_whatever_other_threads_have_switched_off(rng: torch.Generator) -> None:
+    q, k, v = (torch.randn(n, 3, 16, generator=rng) for n in (12, 40, 40))
+    place, results = Place.make(torch.device("cpu")).fill(0, 33, False), []
+    attention = library(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default)
+    for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        with sdpa_kernel(backend):  # for the whole process: here it stands for another thread's
+            results.append(attention(q, k, v, torch.empty_like(q), place))
+    exact = torch_ops.attention(q.double(), k.double(), v.double(), torch.empty_like(q.double()), place)
+    assert all(torch.allclose(result.double(), exact, atol=1e-5) for result in results)
 
 
 def test_a_cpu_has_pytorch_alone() -> None:

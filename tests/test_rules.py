@@ -6,6 +6,7 @@ Every rule is a function from sources (path -> text) to violations, tested on a 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ ENVIRONMENT = {"engine/config.py"}  # the only files that may read the environme
 
 # A module of the engine imports only from rows above its own. A new module gets its place here.
 LAYERS = (
-    "errors version progress arguments models.sampler models relay relay.scheduler relay.links",
+    "errors version progress arguments models.convolution models.sampler models relay relay.scheduler relay.links",
     "frame_ring_layout",
     "config devices relay.dispatch native media models.geometry models.lora models.image models.vae_config",
     "models.sizes frame_ring_twin relay.plan",
@@ -53,6 +54,13 @@ LAYERS = (
     "planning",
     "cli",
     "__main__ __init__",
+)
+# What runs before any stage does may turn a switch: OpenMP reads the environment when torch is imported, and the number
+# of CPU threads is the user's choice for the command's whole process. An engine that is embedded calls neither.
+START_UP = [("engine/config.py", "set_process_defaults"), ("engine/devices.py", "set_threads")]
+SWITCH = re.compile(
+    r"torch\.backends\.|torch\.set_|torch\.use_deterministic|torch\._C\._set_|torch\.cuda\.set_(?!device$|stream$)"
+    r"|(.*\.)?sdpa_kernel$|os\.(putenv|unsetenv|environ\.(update|setdefault|pop|popitem|clear|__))"
 )
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row.split()}
 Sources = dict[str, str]
@@ -122,6 +130,42 @@ def environment(sources: Sources) -> Iterator[str]:
                 yield f"{path}:{node.lineno}: the environment is read in {', '.join(ENVIRONMENT)} only"
 
 
+def process_switches(sources: Sources) -> Iterator[str]:
+    """Stages and engines compute in threads of one process: a switch of the process is turned at start or never."""
+    for path, text in sources.items():
+        if not path.startswith(("engine/", "kernels/")):
+            continue
+        for name, line in switched(ast.parse(text), [function for file, function in START_UP if file == path]):
+            yield f"{path}:{line}: {name} holds for the whole process, and other threads compute meanwhile"
+
+
+def switched(tree: ast.AST, start_up: list[str]) -> Iterator[tuple[str, int]]:
+    """What the code turns for the whole process, outside the functions that run at start."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef) and node.name in start_up:
+            continue
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign | ast.Delete):
+            targets = node.targets
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+            targets = [node.target]
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            for name in imports(ast.Module([node], [])):
+                # Under another name it would not be recognised where it is used.
+                if name.startswith(("torch.backends.", "torch.set_", "torch.nn.attention.")):
+                    yield name, node.lineno
+        for target in targets:
+            name = ast.unparse(target)
+            if name.startswith(("torch.backends.", "os.environ", "triton.knobs.")):
+                yield name, node.lineno
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            reads = name.rsplit(".", 1)[-1] in ("is_available", "version") or name.endswith("_enabled")
+            if SWITCH.match(name) and not reads:
+                yield name, node.lineno
+        yield from switched(node, start_up)
+
+
 def sizes(sources: Sources) -> Iterator[str]:
     for path, text in sources.items():
         lines = text.count("\n") + 1
@@ -168,6 +212,22 @@ BROKEN: list[tuple[Rule, Sources]] = [
     (foreign_imports, {"engine/a.py": "try:\n    import av\nexcept ImportError:\n    av = None"}),
     (environment, {"engine/a.py": "import os\nx = os.environ['A']"}),
     (environment, {"kernels/a.py": "import os\nx = os.getenv('A')"}),
+    (process_switches, {"kernels/a.py": "import torch\nwith torch.nn.attention.sdpa_kernel(x):\n    f()"}),
+    (process_switches, {"kernels/a.py": "from torch.nn.attention import SDPBackend, sdpa_kernel"}),
+    (process_switches, {"engine/a.py": "def f():\n    with torch.backends.cudnn.flags(enabled=True):\n        g()"}),
+    (process_switches, {"engine/a.py": "torch.backends.cuda.enable_flash_sdp(False)"}),
+    (process_switches, {"engine/a.py": "def f():\n    torch.backends.cudnn.allow_tf32 = False"}),
+    (process_switches, {"engine/a.py": "from torch.backends import cudnn"}),
+    (process_switches, {"engine/a.py": "import torch.backends.cudnn as quick"}),
+    (process_switches, {"engine/a.py": "from torch import set_num_threads"}),
+    (process_switches, {"engine/devices.py": "def other():\n    torch.set_num_threads(1)"}),
+    (process_switches, {"engine/a.py": "torch.set_float32_matmul_precision('high')"}),
+    (process_switches, {"engine/a.py": "torch.use_deterministic_algorithms(True)"}),
+    (process_switches, {"engine/a.py": "torch.cuda.set_sync_debug_mode(1)"}),
+    (process_switches, {"engine/config.py": "def f():\n    os.environ['A'] = 'b'"}),
+    (process_switches, {"engine/config.py": "def f():\n    os.environ.setdefault('A', 'b')"}),
+    (process_switches, {"engine/config.py": "def f():\n    del os.environ['A']"}),
+    (process_switches, {"engine/config.py": "def f():\n    os.putenv('A', 'b')"}),
     (sizes, {"engine/a.py": "x = 1\n" * 401}),
     (sizes, {"engine/a.py": "def f():\n" + BODY}),
     (sizes, {"kernels/a.py": "@triton.jit\ndef f():\n" + BODY * 3}),
@@ -179,10 +239,16 @@ ALLOWED: list[tuple[Rule, Sources]] = [
     (import_direction, {"engine/session.py": "if TYPE_CHECKING:\n    from liverelay.engine.engine import Engine"}),
     (foreign_imports, {"engine/a.py": "def f():\n    import transformers"}),
     (environment, {"engine/config.py": "import os\nx = os.environ['A']"}),
+    (process_switches, {"engine/config.py": "def set_process_defaults():\n    os.environ.setdefault('A', 'b')"}),
+    (process_switches, {"engine/devices.py": "def set_threads(n):\n    torch.set_num_threads(n)"}),
+    (process_switches, {"engine/a.py": "torch.cuda.set_device(1)\nwith torch.inference_mode():\n    f()"}),
+    (process_switches, {"engine/a.py": "with torch.cuda.stream(s):\n    x = torch.backends.cudnn.benchmark"}),
+    (process_switches, {"engine/a.py": "x = torch.backends.cuda.is_available() or os.environ.get('A')"}),
+    (process_switches, {"tests/a.py": "torch.set_num_threads(1)"}),
     (sizes, {"engine/a.py": "class A:\n    def f(self, a, b, c, d, e, f, g, h): ..."}),
     (sizes, {"engine/a.py": "x = 1\n" * 400, "kernels/a.py": "@triton.jit\ndef f():\n" + BODY}),
 ]
-RULES: list[Rule] = [import_direction, foreign_imports, environment, sizes, repetition]
+RULES: list[Rule] = [import_direction, foreign_imports, environment, process_switches, sizes, repetition]
 
 
 @pytest.mark.parametrize(("rule", "sources"), BROKEN, ids=lambda value: getattr(value, "__name__", None))

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from liverelay.engine.devices import check_device, use_exact_float32
+from liverelay.engine.devices import check_device
 from liverelay.engine.errors import InputError, LiveRelayError
 from liverelay.engine.launch import LineOptions
 
@@ -75,7 +75,7 @@ def run(component: str, folder: Path, options: GoldenOptions) -> dict[str, torch
         raise InputError(f"unknown component '{component}'; choose one of {', '.join(COMPONENTS)}")
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
-    use_exact_float32(check_device(options.device), options.dtype)
+    check_device(options.device)
     module = importlib.import_module(f"liverelay.engine.golden.{component}")
     try:
         results: dict[str, torch.Tensor] | None = module.run(folder, options)

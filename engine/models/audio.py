@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from liverelay.engine.errors import CheckpointError, InputError, MissingExtraError
+from liverelay.engine.models.convolution import make_exact
 from liverelay.engine.models.weights import TensorSource, open_pth
 
 SAMPLE_RATE = 16000
@@ -171,6 +172,9 @@ class AudioEncoder:
         if spare in files.shapes and spare not in state:
             state[spare] = torch.zeros(files.shapes[spare], dtype=dtype)
         model.load_state_dict(state, assign=True)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv1d):
+                make_exact(module)
         return cls(model.to(device=device, dtype=dtype).eval(), torch.device(device), dtype)
 
     @torch.inference_mode()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.errors import InputError
+from liverelay.engine.models.convolution import convolve
 from liverelay.engine.models.weights import Linear, Loader, check_dit, is_quantized
 
 ADAIN_EPS = 1e-5
@@ -221,8 +222,7 @@ def encode_audio(weights: DiTWeights, config: DiTConfig, audio: Tensor, frames: 
     def conv(x: Tensor, name: str, stride: int) -> Tensor:
         # x [heads, channels, time]; LN over channels without parameters, then SiLU.
         layer = weights.audio_convs[name]
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # an fp32 region, in bfloat16 too
-            y = F.conv1d(x, layer.weight, layer.bias, stride=stride).transpose(1, 2)
+        y = convolve(x, layer.weight, layer.bias, stride=stride).transpose(1, 2)  # float32 in bfloat16 too
         if name == "local":
             y = y.view(y.shape[1], config.num_audio_tokens, -1).transpose(0, 1)
         return F.silu(F.layer_norm(y, y.shape[-1:], eps=config.eps)).transpose(1, 2)

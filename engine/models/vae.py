@@ -68,7 +68,8 @@ class VAE:
         except ValueError as error:
             raise InputError(str(error)) from None
         # The encoder runs once a session and its error stays in the sink and in the primed decoder for the whole
-        # stream: it keeps float32 activations (TF32 convolutions on a GPU), which halves the error of bfloat16.
+        # stream: it keeps float32 activations, which halves the error of bfloat16 (with TF32 convolutions on a GPU,
+        # unless float32 was asked for).
         encoder = [key for key in weights if key.startswith(("encoder.", "conv1."))]
         wide = torch.float32
         self._encoder = Layers(weights, encoder, device, values=dtype, operand=wide, stream=wide, ops=ops)

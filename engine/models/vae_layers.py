@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from liverelay.engine.models.convolution import convolve
+
 FORMAT = torch.channels_last
 
 
@@ -63,6 +65,7 @@ class Layers:
         self.device, self.operand, self.stream = device, operand, stream
         self._on_cpu = device.type == "cpu"
         self._compute = torch.float32 if self._on_cpu else operand
+        self._tf32 = values != torch.float32  # whoever asks for float32 wants it throughout
         self._convs: dict[str, Conv] = {}
         self._gammas: dict[str, Tensor] = {}
         for key in keys:
@@ -84,7 +87,11 @@ class Layers:
     def conv(self, name: str, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
         """A 2-D (or 1x1x1) convolution, frame by frame."""
         conv = self._convs[name]
-        return F.conv2d(x.to(self.operand).to(self._compute), conv.weight, conv.bias, stride, padding).to(self.stream)
+        x = x.to(self.operand).to(self._compute)
+        return self._convolve(x, conv, stride, padding).to(self.stream)
+
+    def _convolve(self, x: Tensor, conv: Conv, stride: int | tuple[int, ...], padding: int | tuple[int, ...]) -> Tensor:
+        return convolve(x, conv.weight, conv.bias, stride=stride, padding=padding, tf32=self._tf32)
 
     def _time_conv(self, name: str, slot: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
         """A convolution over three frames at a time: slot [2 + n, C, h, w] -> [n (every stride-th), C', h, w]."""
@@ -93,9 +100,9 @@ class Layers:
         if self._on_cpu:
             frames = x.shape[0]
             windows = torch.cat([x[tap : frames - 2 + tap : stride] for tap in range(3)], dim=1)
-            return F.conv2d(windows, conv.weight, conv.bias, padding=padding).to(self.stream)
+            return self._convolve(windows, conv, 1, padding).to(self.stream)
         volume = x.transpose(0, 1).unsqueeze(0)
-        y = F.conv3d(volume, conv.weight, conv.bias, (stride, 1, 1), (0, padding, padding))
+        y = self._convolve(volume, conv, (stride, 1, 1), (0, padding, padding))
         return y[0].transpose(0, 1).to(self.stream)
 
     def make(self, channels: int, frames: int, height: int, width: int) -> Tensor:
