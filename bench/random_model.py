@@ -15,6 +15,7 @@ from bench.stage_14b import PRESETS, RandomWeights
 from liverelay.engine import make_checkpoint
 from liverelay.engine.config import StreamConfig
 from liverelay.engine.devices import fp8_parts
+from liverelay.engine.models.attention_choice import choose_attention
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.models.sizes import arena_bytes
@@ -41,7 +42,7 @@ class Model:
         self.dit = DiT.load(
             weights, config, device=device, dtype=self.dtype, fp8=products, fp8_attention=attention
         )
-        self.dit.choose_attention(self.geometry, print)
+        choose_attention(self.dit, self.geometry, print)
         sizes = dataclasses.replace(make_checkpoint.PRESETS["tiny"], vae_dim=VAE_DIM[preset])
         with torch.device(device):
             decoder = make_checkpoint._vae_weights(sizes, torch.Generator(device).manual_seed(0))

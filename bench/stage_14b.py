@@ -31,6 +31,7 @@ from bench.block_step_cpu import measure as measure_whole_plain  # noqa: E402
 from bench.plain_dit import Layer, rope_table, rotate  # noqa: E402
 from bench.timing import Ceilings, Timing, one_line  # noqa: E402
 from liverelay.engine.make_checkpoint import _dit_tensor  # noqa: E402
+from liverelay.engine.models.attention_choice import choose_attention  # noqa: E402
 from liverelay.engine.models.dit import DiT  # noqa: E402
 from liverelay.engine.models.geometry import Geometry, reference_position  # noqa: E402
 from liverelay.engine.models.layers import load_weights  # noqa: E402
@@ -117,7 +118,7 @@ class Bench:
             self.weights, self.config, dtype=self.dtype, backend=backend, fp8_attention=self.fp8_attention
         )
         if name == "fastest":
-            dit.choose_attention(self.geometry, print)
+            choose_attention(dit, self.geometry, print)
         return dit
 
     def step(self, dit: DiT, start: int | None = None) -> Tensor:

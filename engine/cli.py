@@ -163,7 +163,9 @@ def _kernels(a: argparse.Namespace) -> int:
     import torch
 
     from liverelay.engine.devices import check_device, default_device, default_dtype
-    from liverelay.kernels.attention_backends import candidates, try_out
+    from liverelay.engine.models.attention_choice import tried, verdict
+    from liverelay.kernels.attention_backends import candidates
+    from liverelay.kernels.attention_trials import Setting
     from liverelay.kernels.dispatch import BACKENDS, available, choose
 
     device = torch.device(check_device(default_device() if a.device is None else a.device))
@@ -172,10 +174,11 @@ def _kernels(a: argparse.Namespace) -> int:
         found = available(name, device)
         print(f"  {name:8s} {'yes' if found.works else 'no ':3s}  {found.reason}")
     print("attention:")
-    like = torch.zeros(1, device=device, dtype=default_dtype(device))
     shape = (3168, 15312, 40, 128) if device.type == "cuda" else (96, 464, 4, 32)
-    for trial in try_out(candidates(device, available("triton", device).works), shape, like):
-        print(f"  {trial.name:18s} " + (f"no   {trial.fault}" if trial.fault else f"yes  {1e3 * trial.seconds:.2f} ms"))
+    works = available("triton", device).works
+    setting = Setting(candidates, works, shape, device, default_dtype(device))
+    for trial, kept in tried(list(candidates(device, works)), setting):
+        print(f"  {trial.name:18s} {'no ' if trial.fault else 'yes'}  {verdict(trial, kept)}", flush=True)
     return 0
 
 

@@ -16,6 +16,7 @@ from liverelay.engine.config import DEFAULT_MAX_SIZE, DiTConfig, StreamConfig
 from liverelay.engine.devices import device_fault
 from liverelay.engine.errors import InputError, StageLost
 from liverelay.engine.loading import Loader, LoadOptions, devices_of
+from liverelay.engine.models.attention_choice import choose_attention
 from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.geometry import LONGEST_SIDE, Geometry, check_size
@@ -149,6 +150,7 @@ class Engine:
             with self.lock:
                 geometry = self._geometry(*latent)
                 if geometry not in self._stages:
+                    self._choose_attention(geometry)
                     self._stages[geometry] = StageSet(self._make_stages(geometry), self.sessions)
                 return SteppedSession(self, self._stages[geometry], track, given, seed=seed, session_id=session_id)
 
@@ -214,12 +216,16 @@ class Engine:
                 if fault := device_fault(torch.device(device)):
                     raise StageLost(f"{device} was lost: {fault}; start the program again")
             self._make_room()
-            if not self._lines and self.loader.backend is None:
-                for dit in self._dits.values():
-                    dit.choose_attention(geometry, self.loader.say)
+            self._choose_attention(geometry)
             found = self._make_line(geometry)
         self._lines[geometry] = found  # the latest last
         return found
+
+    def _choose_attention(self, geometry: Geometry) -> None:
+        """Before the first stages that compute with it; a backend that was asked for has its own."""
+        if self.loader.backend is None and not (self._lines or self._stages):
+            for dit in self._dits.values():
+                choose_attention(dit, geometry, self.loader.say)
 
     def _make_room(self) -> None:
         """Close lines without sessions, the oldest first: a line's buffers are some hundred MB at 14B."""

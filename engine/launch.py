@@ -12,6 +12,7 @@ from liverelay.engine.devices import check_device
 from liverelay.engine.engine import Engine
 from liverelay.engine.errors import InputError
 from liverelay.engine.loading import Loader, LoadOptions, Say, devices_of
+from liverelay.engine.models.attention_choice import choose_attention
 from liverelay.engine.progress import killable
 from liverelay.engine.relay.group import TIMEOUT_S, Group
 from liverelay.engine.relay.plan import Plan, balanced_plan, parse_plan
@@ -89,7 +90,7 @@ def serve(loader: Loader, group: Group, plan: Plan) -> None:
 
     def make_stage(spec: LineSpec) -> Stage:
         if dit is not None and loader.backend is None:
-            dit.choose_attention(spec.geometry, loader.say)
+            choose_attention(dit, spec.geometry, loader.say)
         return Stage(mine, spec, dit, vae, loader.dtype, say=loader.say)
 
     RankServer(group, plan, make_stage).run()

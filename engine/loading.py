@@ -14,6 +14,7 @@ from liverelay.engine.checkpoint import CheckpointFiles, find_checkpoint
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.devices import check_device, check_fp8, default_device, default_dtype, fp8_parts
 from liverelay.engine.errors import CheckpointError, InputError
+from liverelay.engine.models.attention_choice import force_attention
 from liverelay.engine.models.audio import AudioEncoder
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.log_mel import load_encoder
@@ -91,7 +92,7 @@ class Loader:
             fp8_attention=attention,
         )
         if self.backend != self.operators:
-            dit.force_attention(self.backend)
+            force_attention(dit, self.backend)
         return dit
 
     def vae(self, device: str) -> VAE:

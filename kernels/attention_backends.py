@@ -1,7 +1,8 @@
 """Who computes attention: our kernels or a library's, whatever is fastest on this device and right.
 
-All take (q, k, v, out, place) as `torch_ops.attention` does. At start the engine runs every candidate on the real
-shapes, drops what fails or differs from float32 PyTorch by more than its dtype allows, and takes the fastest.
+All take (q, k, v, out, place) as `torch_ops.attention` does. Before its first start on a device the engine runs every
+candidate on the real shapes (`attention_trials`), drops what fails or differs from float32 PyTorch by more than its
+dtype allows, and takes the fastest.
 """
 
 from __future__ import annotations
@@ -26,17 +27,27 @@ NAMES = (
 )  # fmt: skip
 FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")  # third, fourth, second generation
 REPEATS = 5
+PASSING = ("out of memory", "alloc_failed", "allocation_failed", "ecc error", "busy or unavailable")
 ALLOWED_FP8 = 0.06  # e4m3 shares have an error of some 2.6 %, and random values do not average it away
 
 
 @dataclass(frozen=True)
 class Trial:
-    """How one candidate did: seconds of a call, relative error, and why it cannot be taken (empty: it can)."""
+    """How one candidate did: seconds of a call, relative error, and why it cannot be taken (empty: it can).
+
+    lasting: it would do so again; not where the device was short of memory, or no trial was possible.
+    """
 
     name: str
     seconds: float
     error: float
     fault: str
+    lasting: bool = True
+
+
+def failed(name: str, fault: str, lasting: bool) -> Trial:
+    """The trial of a candidate that gave no result."""
+    return Trial(name, math.inf, math.nan, fault, lasting)
 
 
 def library(operator: Callable[..., Any], *arguments: Any) -> Attention:
@@ -206,8 +217,14 @@ def try_out(
             trials.append(Trial(name, seconds, error, fault))
         except Exception as problem:  # of somebody else's library: whatever it raises, we do without it
             line = (str(problem).strip() or repr(problem)).splitlines()[0]
-            trials.append(Trial(name, math.inf, math.nan, line[:120]))
+            trials.append(failed(name, line[:120], not _is_passing(problem)))
     return trials
+
+
+def _is_passing(problem: Exception) -> bool:
+    """Whether an error tells of the device's state, not of the candidate."""
+    text = str(problem).lower()
+    return isinstance(problem, MemoryError) or any(words in text for words in PASSING)
 
 
 def fastest(trials: list[Trial]) -> Trial | None:

@@ -30,6 +30,7 @@ LAYERS = (
     "cache models.weights models.vae_layers models.workspace",
     "checkpoint models.layers models.audio models.text models.vae",
     "models.dit models.audio_live models.log_mel",
+    "models.attention_choice",
     "inspection prompts snapshot relay.messages relay.handoff relay.graph",
     "relay.stage",
     "relay.loop relay.captured",

@@ -33,7 +33,7 @@ from liverelay.engine.models.layers import (
 from liverelay.engine.models.weights import Linear
 from liverelay.engine.models.workspace import Workspace
 from liverelay.kernels import dispatch, torch_ops
-from liverelay.kernels.attention_backends import Attention, candidates, fastest, fp8_candidates, named, try_out
+from liverelay.kernels.attention_backends import Attention
 from liverelay.kernels.contract import Norm, Place, Scales, Update
 
 Tap = Callable[[str, Tensor], None]
@@ -51,6 +51,7 @@ class DiT:
         self.device = weights.patch.weight.device
         try:
             self.ops: ModuleType = dispatch.get(backend, self.device)
+            # Of the backend, until `attention_choice` has taken another one.
             self.attention: Attention = self.ops.attention
             self.attention_fp8: Attention = self.ops.attention
         except ValueError as error:
@@ -94,33 +95,6 @@ class DiT:
         config = self.config
         shape = (config.num_layers, config.text_len, config.num_heads, config.head_dim)
         return TextCondition(*(torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2)))
-
-    def choose_attention(self, geometry: Geometry, say: Callable[[str], None]) -> None:
-        """Take the fastest attention that is right on this device and resolution (on a CPU there is one)."""
-        works = dispatch.available("triton", self.device).works
-
-        def fastest_of(found: dict[str, Attention], rows: int, what: str, fp8: bool = False) -> Attention | None:
-            shape = (geometry.block_tokens, rows, self.config.num_heads, self.config.head_dim)
-            trials = try_out(found, shape, self.weights.kinds, fp8=fp8) if len(found) > 1 else []
-            for trial in trials:
-                told = trial.fault or f"{1e3 * trial.seconds:.2f} ms, error {trial.error:.1e}"
-                say(f"{what} {trial.name}: {told}")
-            best = fastest(trials)
-            if best is not None:
-                say(f"{what}: {best.name} is taken")
-            return None if best is None else found[best.name]
-
-        rows = geometry.arena_tokens
-        if self.fp8_attention:
-            ours = fastest_of(fp8_candidates(self.device, works), rows, "attention in FP8", fp8=True)
-            self.attention_fp8, rows = ours or self.attention_fp8, self.config.text_len
-        self.attention = fastest_of(candidates(self.device, works), rows, "attention") or self.attention
-
-    def force_attention(self, name: str | None) -> None:
-        """Take the attention of this name; in FP8, too, where there is one of that name. ValueError as for `named`."""
-        self.attention = named(name, self.device) or self.attention
-        ours = fp8_candidates(self.device, dispatch.available("triton", self.device).works)
-        self.attention_fp8 = ours.get(name or "", self.attention_fp8)
 
     def timestep_tables(self, timestep: float) -> TimestepTables:
         return timestep_tables(self.weights, self.config, timestep)
