@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import json
 import os
 import queue
@@ -89,10 +90,11 @@ class _Process:
         }  # fmt: skip
         self._running, self._over = "", False
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed at exit)
+        self._errors: IO[bytes] = io.BytesIO()
         self._why = ""
         self._process: subprocess.Popen[bytes] | None = None
         try:
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed at exit)
             self._process = subprocess.Popen(
                 [sys.executable, "-c", BOOTSTRAP, json.dumps(request)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=self._errors, start_new_session=True,

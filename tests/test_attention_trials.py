@@ -99,12 +99,17 @@ def test_what_says_nothing_of_the_candidate_is_not_lasting(started: list[Any]) -
     assert len(started) == 2
 
 
-@pytest.mark.parametrize("why", ["no interpreter", "no device", "not in time", "another process does not find it"])
+@pytest.mark.parametrize(
+    "why", ["no interpreter", "no room", "no device", "not in time", "another process does not find it"]
+)
 def test_where_no_trial_is_possible_the_reason_is_told(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tried_on, options = setting(standins.absent if why == "no device" else standins.mixed), {}
     words = why
     if why == "no interpreter":
         monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+        words = "no process could be started"
+    elif why == "no room":
+        monkeypatch.setattr(attention_trials.tempfile, "TemporaryFile", Path("/nonexistent/file").open)
         words = "no process could be started"
     elif why == "not in time":
         options, words = {"start_s": 0.0}, "not ready after 0 s"
