@@ -39,7 +39,7 @@ build/.stamp-%: $(SOURCES)
 	@PYTHONPATH=$(CURDIR)/.links $(PYTHON) -c "import liverelay.engine._C" 2>/dev/null || echo "$(NO_C)"
 	@mkdir -p build && touch $@
 
-NO_C = the compiled module was not built (it needs a C++ compiler, cmake, ninja and pybind11): its Python twin is used
+NO_C = the compiled module was not built (it needs a C++ compiler, cmake, ninja or make, and pybind11): its Python twin is used
 
 demo: setup
 	@mkdir -p demo

@@ -4,6 +4,7 @@
 module is optional: where there is no compiler the install succeeds without it and Python twins take its place.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -46,6 +47,14 @@ def tool(name: str) -> str:
     return found
 
 
+def generator() -> list[str]:
+    """CMake's options for ninja, or for make where there is no ninja."""
+    try:
+        return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    except CompileError:
+        return ["-G", "Unix Makefiles"]
+
+
 class CMakeBuild(build_ext):
     """Builds the module with CMake. The module is optional, so setuptools turns a CompileError into a warning."""
 
@@ -57,13 +66,12 @@ class CMakeBuild(build_ext):
             import pybind11
 
             subprocess.run([
-                tool("cmake"), "-S", str(ROOT), "-B", str(work), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
-                "-DLIVERELAY_PYTHON=ON", "-DLIVERELAY_LIBRARY=OFF",
-                f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}",
+                tool("cmake"), "-S", str(ROOT), "-B", str(work), *generator(), "-DCMAKE_BUILD_TYPE=Release",
+                "-DLIVERELAY_PYTHON=ON", "-DLIVERELAY_LIBRARY=OFF", f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DLIVERELAY_VERSION={VERSION}",
                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             ], check=True)
-            subprocess.run([tool("cmake"), "--build", str(work)], check=True)
+            subprocess.run([tool("cmake"), "--build", str(work), "--parallel", str(os.cpu_count() or 1)], check=True)
         except (ImportError, OSError, subprocess.SubprocessError) as error:
             raise CompileError(f"liverelay works without its compiled module, which was not built: {error}") from None
 

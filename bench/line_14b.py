@@ -1,8 +1,9 @@
 """`python -m bench.line_14b`: the engine's own stages at full size with random weights, captured and as a whole line.
 
 stage: one block-step of a stage, launch by launch against its CUDA graphs: equal bit for bit, times, launches. line:
-all steps and the VAE on this device, as a session sees it. loop: the same in three stages, joined by memory and by NCCL
-to itself (without a GPU: by memory twice, a dry run). The last line is JSON.
+all steps and the VAE on this device in one stage, as a session sees it; apart: the VAE in a stage of its own. loop: the
+same in three stages, joined by memory and by NCCL to itself (without a GPU: by memory twice, a dry run). The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from bench import timing  # noqa: E402
+from bench.clocks import text  # noqa: E402
 from bench.random_model import Model, counters, launches, tidy  # noqa: E402
 from bench.stage_14b import PRESETS, ms  # noqa: E402
 from bench.timing import one_line, table  # noqa: E402
@@ -39,6 +41,7 @@ from liverelay.engine.relay.stage import Stage, set_device  # noqa: E402
 from liverelay.engine.telemetry import Telemetry  # noqa: E402
 from liverelay.engine.telemetry import table as telemetry_table  # noqa: E402
 
+TOGETHER, APART = "0+1+2+3+vae", "0+1+2+3,vae"
 STEADY = 8  # blocks after which every ring slot has met a full ring, and the sink has been replaced
 CHECKED = 13  # blocks that are compared
 
@@ -69,7 +72,8 @@ def measure_stage(model: Model, seconds: float) -> dict[str, Any]:
 
     def measure(mode: str) -> None:
         took = timing.measure(step, device=model.device, seconds=seconds, graph=False, cold=False)
-        result[mode] = {"s": took.seconds, "spread": took.spread, **launches(step, model.device)}
+        result[mode] = {"s": took.seconds, "spread": took.spread, "clocks": took.clocks}
+        result[mode] |= launches(step, model.device)
 
     measure("eager")
     stage.graphs = Graphs(model.device)
@@ -123,33 +127,37 @@ class Watched:
                        for block in range(first, end)]  # fmt: skip
             return [future.result() for future in futures]
 
-        frames, before, begun = run(0, STEADY), counters(model.device), time.perf_counter()
-        frames += run(STEADY, STEADY + blocks)
-        steady, after = time.perf_counter() - begun, counters(model.device)
+        frames, before = run(0, STEADY), counters(model.device)
+        with timing.watched(model.device) as clocks:
+            begun = time.perf_counter()
+            frames += run(STEADY, STEADY + blocks)
+            steady, after = time.perf_counter() - begun, counters(model.device)
         self.line.close_session(serial)
         figures = self.telemetry.close()
         return frames, {
             "steady_fps": blocks * stream.block_frames / steady, "first_frame_s": figures.first_frame_s,
             "allocated": {name: after[name] - before[name] for name in after},
-            "figures": dataclasses.asdict(figures), "table": telemetry_table(figures),
+            "figures": dataclasses.asdict(figures), "table": telemetry_table(figures), "clocks": clocks,
         }  # fmt: skip
 
 
-def measure_line(model: Model, blocks: int, seconds: float) -> dict[str, Any]:
-    """All steps and the VAE in one stage, as one GPU has them; the second session meets a warm line."""
+def measure_line(model: Model, blocks: int, seconds: float, plan: str = TOGETHER) -> dict[str, Any]:
+    """All steps and the VAE on one GPU, in one stage or the VAE in its own; the second session meets a warm line."""
     if lack := model.lacks(1):
         return {"skipped": lack}
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
     began = time.perf_counter()
-    watched = Watched(model, "0+1+2+3+vae")
+    watched = Watched(model, plan)
     try:
         _, first = watched.session(1)
         cold = time.perf_counter() - began
         _, result = watched.session(blocks)
     finally:
         watched.line.close()
-    result |= {"cold_s": cold, "cold_first_frame_s": first["first_frame_s"]}
-    result["vae"] = measure_vae(watched.stages[0], seconds)
-    result["captured"] = len(watched.stages[0].graphs.captured)
+    result |= {"plan": plan, "cold_s": cold, "cold_first_frame_s": first["first_frame_s"]}
+    result["vae"] = measure_vae(watched.stages[-1], seconds)
+    result["captured"] = sum(len(stage.graphs.captured) for stage in watched.stages)
     if model.device.type == "cuda":
         result["memory_bytes"] = torch.cuda.max_memory_allocated(model.device)
         result["reserved_bytes"] = torch.cuda.max_memory_reserved(model.device)
@@ -164,7 +172,7 @@ def measure_vae(stage: Stage, seconds: float) -> dict[str, Any]:
     set_device(device)
     with torch.inference_mode():
         options: dict[str, Any] = {"device": device, "seconds": seconds, "graph": False, "cold": False}
-        captured = timing.measure(lambda: stage.decode(0, 1), **options).seconds
+        captured = timing.measure(lambda: stage.decode(0, 1), **options)
         eager = timing.measure(lambda: stage._decode(decoder, False), **options).seconds
         samples: dict[str, list[float]] = {}
         for _ in range(3):
@@ -182,7 +190,7 @@ def measure_vae(stage: Stage, seconds: float) -> dict[str, Any]:
                 samples.setdefault(label, []).append(took)
     split = {label: median(values) for label, values in samples.items()}
     split["rest"] = max(0.0, eager - sum(split.values()))
-    return {"captured_s": captured, "eager_s": eager, "parts_s": split}
+    return {"captured_s": captured.seconds, "clocks": captured.clocks, "eager_s": eager, "parts_s": split}
 
 
 def by_size(watch: timing.Stopwatch, function: Callable[..., Any], kind: str) -> Callable[..., Any]:
@@ -196,7 +204,7 @@ def by_size(watch: timing.Stopwatch, function: Callable[..., Any], kind: str) ->
 
 def line_report(result: dict[str, Any]) -> str:
     if "skipped" in result:
-        return f"whole line: {result['skipped']}"
+        return f"line: {result['skipped']}"
     vae, memory = result["vae"], result.get("memory_bytes")
     rows = [[part, ms(took)] for part, took in vae["parts_s"].items()]
     rows += [["block, eager", ms(vae["eager_s"])], ["block, captured", ms(vae["captured_s"])]]
@@ -206,6 +214,8 @@ def line_report(result: dict[str, Any]) -> str:
         f"{result['cold_first_frame_s']:.1f} s with all captures; allocations in steady blocks: "
         f"{result['allocated']['allocation.all.allocated']}",
     ]
+    if clocks := text(result.get("clocks", {})):
+        lines.append(f"during steady blocks: {clocks}")
     if memory:
         lines.append(f"memory: {memory / 2**30:.1f} GiB, {result['reserved_bytes'] / 2**30:.1f} with the caches")
     return "\n".join([*lines, "", table(["VAE decoder, 12 frames", "ms"], rows)])
@@ -250,7 +260,9 @@ def loop_report(result: dict[str, Any]) -> str:
 
 # -- all ---------------------------------------------------------------------------------------------------------------
 
-REPORTS: dict[str, Callable[[dict[str, Any]], str]] = {"stage": stage_report, "line": line_report, "loop": loop_report}
+REPORTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "stage": stage_report, "line": line_report, "apart": line_report, "loop": loop_report
+}  # fmt: skip
 
 
 def report(result: dict[str, Any]) -> str:
@@ -279,11 +291,12 @@ def headline(result: dict[str, Any]) -> str:
     texts = [f"{dtype}, FP8 {result['fp8']}" if result["fp8"] else dtype]
     if "captured" in (stage := parts.get("stage", {})):
         texts.append(f"stage {ms(stage['eager']['s'])} ms, captured {ms(stage['captured']['s'])}")
-    if "skipped" in (line := parts.get("line", {})):
-        texts.append(f"line {line['skipped']}")
-    elif "steady_fps" in line:
-        vae = line["vae"]["captured_s"]
-        texts.append(f"line {line['steady_fps']:.1f} FPS, first frame {line['first_frame_s']:.2f} s, VAE {ms(vae)} ms")
+    for name, plan in (("line", TOGETHER), ("apart", APART)):
+        if "skipped" in (line := parts.get(name, {})):
+            texts.append(f"line {plan} {line['skipped']}")
+        elif "steady_fps" in line:
+            said = f"{line['steady_fps']:.1f} FPS, first frame {line['first_frame_s']:.2f} s"
+            texts.append(f"line {plan} {said}, VAE {ms(line['vae']['captured_s'])} ms")
     if "equal" in (loop := parts.get("loop", {})):
         texts.append(f"NCCL loop {loop['NCCL to itself']['steady_fps']:.1f} FPS")
     return ", ".join([*texts, *(f"FAULT: {fault}" for fault in faults(result))])
@@ -294,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=sorted(PRESETS), help="default: 14b on a GPU, else tiny")
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--fp8", choices=("products", "attention", "all"), default="", help="what is in FP8")
-    parser.add_argument("--parts", default="stage,line,loop", help="of these, with commas between")
+    parser.add_argument("--parts", default="stage,line,apart,loop", help="of these (%(default)s)")
     parser.add_argument("--blocks", type=int, default=12, help="that a line is measured over")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement of a stage")
     parser.add_argument("--json", type=Path, help="write the results here, after every part")
@@ -310,6 +323,7 @@ def main(argv: list[str] | None = None) -> int:
         measures: dict[str, Callable[[], dict[str, Any]]] = {
             "stage": lambda: measure_stage(model, options.seconds),
             "line": lambda: measure_line(model, options.blocks, options.seconds),
+            "apart": lambda: measure_line(model, options.blocks, options.seconds, APART),
             "loop": lambda: measure_loop(model, min(options.blocks, 6)),
         }  # fmt: skip
         for name in options.parts.split(","):

@@ -1,8 +1,9 @@
 """`python -m bench.micro`: every kernel of the registry against the machine's ceilings, plain PyTorch and libraries.
 
-Each kernel is first checked on this device, on reduced dims against its float64 reference and on the timed dims
-against plain PyTorch; a red one gets no time. On a GPU each check is a process of its own, so that a kernel that
-crashes spoils no other. Columns: bench/README.md. The last line is JSON.
+Every size of a kernel is first checked by itself on this device (bench/kernel_check.py): the timed ones against plain
+PyTorch, small ones against the float64 reference. A size that is red is red alone; the others get their times. On a GPU
+checks are in processes of their own, so that a kernel that crashes spoils no other. Columns: bench/README.md. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -10,12 +11,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,23 +22,23 @@ from liverelay.engine.config import set_process_defaults
 set_process_defaults()  # before torch is imported
 
 import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 from bench import timing  # noqa: E402
-from bench.timing import Ceilings, one_line  # noqa: E402
+from bench.ceilings import Ceilings, ceilings  # noqa: E402
+from bench.kernel_check import check_all, check_here, make_case, sizes, working_dtype  # noqa: E402
+from bench.timing import one_line  # noqa: E402
 from liverelay.kernels import attention_backends, torch_ops  # noqa: E402
 from liverelay.kernels.launch import INTERPRETED  # noqa: E402
 from liverelay.kernels.registry import KERNELS  # noqa: E402
 from liverelay.kernels.spec import GFX942, Case, Dims, KernelSpec, arch_name  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
-CHECK_SECONDS = 120  # of one kernel's check, compilation included
-VERDICT = "check: "
+CONTENDERS = ("kernel", "plain", "library", "compile")
 
 
 @dataclass
 class Row:
-    """One kernel at one size. state: ok, red, skipped or plain only; seconds, spread and notes by contender."""
+    """One kernel at one size. state: ok, red, skipped or plain only; the tables are by contender. A small size has a
+    row only where it is red: it is not timed."""
 
     kernel: str
     dims: str
@@ -53,6 +50,7 @@ class Row:
     seconds: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    clocks: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def best_library(self) -> str | None:
@@ -66,7 +64,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command line chose. deadline: on time.monotonic's clock; isolate: checks in processes of their own."""
+    """What the command line chose. deadline: on time.monotonic's clock; isolate: checks in processes of their own;
+    contenders: whose times are taken, of CONTENDERS."""
 
     device: torch.device
     dims: str
@@ -74,6 +73,7 @@ class Plan:
     compile_seconds: float
     deadline: float
     isolate: bool
+    contenders: tuple[str, ...] = CONTENDERS
 
     @property
     def kernels_run(self) -> bool:
@@ -81,103 +81,6 @@ class Plan:
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
-
-
-# -- inputs and their check --------------------------------------------------------------------------------------------
-
-
-def working_dtype(spec: KernelSpec) -> torch.dtype:
-    return torch.bfloat16 if torch.bfloat16 in spec.dtypes else spec.dtypes[-1]
-
-
-def make_case(spec: KernelSpec, dims: Dims, device: torch.device, seed: int = 0) -> Case:
-    """Inputs; large ones are drawn on the GPU itself where the maker allows it, which takes the host seconds."""
-    if device.type == "cuda":
-        try:
-            with torch.device(device):
-                return spec.make(dims, working_dtype(spec), torch.Generator(device).manual_seed(seed), device)
-        except (RuntimeError, ValueError, TypeError):
-            torch.cuda.empty_cache()
-    return spec.make(dims, working_dtype(spec), torch.Generator().manual_seed(seed), device)
-
-
-def outputs(case: Case) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in case.outputs.items()}
-
-
-def fault_of(got: Tensor, plain: Tensor, exact: Tensor) -> str:
-    """Why `got` is not the result: more than twice the error of plain PyTorch, largest or on average. '' if it is."""
-    eps = torch.finfo(got.dtype).eps if got.dtype.is_floating_point else 0.0
-    found, other, exact = (tensor.double() for tensor in (got, plain, exact))
-    if found.shape != exact.shape or not bool(found.isfinite().all()):
-        return "shape or unwritten elements"
-    error, eager = (found - exact).abs(), (other - exact).abs()
-    for name, size in (("largest", torch.Tensor.amax), ("mean", torch.Tensor.norm)):
-        e, allowed = float(size(error)), 2 * float(size(eager)) + eps * float(size(exact.abs())) + 1e-9
-        if not e <= allowed:
-            return f"{name} error {e:.2g}, allowed {allowed:.2g}"
-    return ""
-
-
-def check(spec: KernelSpec, dims: str, device: torch.device) -> str:
-    """Why the kernel is red on this device; '' when it is right, on all small dims and at the sizes to be timed."""
-    seed = int.from_bytes(os.urandom(3))
-    try:
-        for name, small in spec.small.items():
-            case = make_case(spec, small, device, seed)
-            exact = spec.reference(*case.args, **case.kwargs)
-            spec.launch(*case.args, **case.kwargs)
-            got = outputs(case)
-            spec.plain(*case.args, **case.kwargs)
-            for output, tensor in outputs(case).items():
-                if fault := fault_of(got[output], tensor, exact[output]):
-                    return f"{name}: {output}: {fault} (seed {seed})"
-        for name, large in sizes(spec, dims) if dims == "production" else ():
-            case = make_case(spec, large, device, seed)
-            spec.launch(*case.args, **case.kwargs)
-            got = outputs(case)
-            spec.plain(*case.args, **case.kwargs)
-            for output, tensor in outputs(case).items():
-                ours, plain = got[output].double(), tensor.double()
-                difference = float((ours - plain).norm() / plain.norm().clamp_min(1e-12))  # one GELU may be 0
-                if not difference <= (0.1 if tensor.dtype.itemsize == 1 else 0.02):  # a NaN is not either
-                    return f"{name}: {output} differs from plain PyTorch by {difference:.2g} (seed {seed})"
-        timing.wait(device)
-    except Exception as error:
-        return one_line(error, 300)
-    return ""
-
-
-def check_isolated(spec: KernelSpec, plan: Plan) -> str:
-    """As `check`, in a process of its own."""
-    command = [sys.executable, "-m", "bench.micro", "--check", spec.name, "--dims", plan.dims]
-    command += ["--device", plan.device.type]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [*sys.path, str(ROOT)]))}
-    limit = max(1.0, min(CHECK_SECONDS, plan.left()))
-    try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=limit, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL
-        )
-        out, ended = done.stdout, f"ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()[-200:]}"
-    except subprocess.TimeoutExpired as error:
-        out, ended = error.stdout or b"", f"was not done after {limit:.0f} s"
-    verdicts = [line for line in out.decode(errors="replace").splitlines() if line.startswith(VERDICT)]
-    if not verdicts:
-        return f"its check {ended}"
-    verdict = verdicts[-1].removeprefix(VERDICT)
-    return "" if verdict == "ok" else verdict
-
-
-def check_here(spec: KernelSpec, dims: str, device: torch.device) -> int:
-    """What that process does."""
-    fault = check(spec, dims, device)
-    print(f"{VERDICT}{fault or 'ok'}", flush=True)
-    return 1 if fault else 0
-
-
-def sizes(spec: KernelSpec, dims: str) -> list[tuple[str, Dims]]:
-    """Named dims to time: all production ones, or the first small one."""
-    return list(spec.production.items()) if dims == "production" else list(spec.small.items())[:1]
 
 
 # -- times -------------------------------------------------------------------------------------------------------------
@@ -200,6 +103,8 @@ def contend(row: Row, name: str, call: Callable[[Case], Any], given: list[Case],
         row.notes[name] = one_line(error)
         return
     row.seconds[name], row.spread[name] = result.seconds, result.spread
+    if result.clocks:
+        row.clocks[name] = result.clocks
     if result.note:
         row.notes[name] = result.note
 
@@ -208,10 +113,12 @@ def time_row(spec: KernelSpec, row: Row, dims: Dims, plan: Plan) -> None:
     """Kernel, plain PyTorch and, for attention, the libraries."""
     given = cases(spec, dims, plan.device)
     with torch.inference_mode():
-        if row.state == "ok":
+        if row.state == "ok" and "kernel" in plan.contenders:
             contend(row, "kernel", lambda c: spec.launch(*c.args, **c.kwargs), given, plan)
-        contend(row, "plain", lambda c: spec.plain(*c.args, **c.kwargs), given, plan)
-        if spec.plain is torch_ops.attention and len(given[0].args) == 5:  # no library takes our FP8 scales
+        if "plain" in plan.contenders:
+            contend(row, "plain", lambda c: spec.plain(*c.args, **c.kwargs), given, plan)
+        attends = spec.plain is torch_ops.attention and len(given[0].args) == 5  # no library takes our FP8 scales
+        if attends and "library" in plan.contenders:
             for name, call in attention_backends.candidates(plan.device, False).items():
                 contend(row, name, lambda c, call=call: call(*c.args), given, plan)
 
@@ -232,27 +139,22 @@ def time_compiled(spec: KernelSpec, row: Row, dims: Dims, plan: Plan) -> None:
         contend(row, "compile", lambda c: compiled(*c.args, **c.kwargs), given, plan)
 
 
-def check_all(specs: list[KernelSpec], plan: Plan) -> dict[str, str]:
-    """Faults by kernel, '' for none."""
-    if not plan.kernels_run:
-        return {}
-    if not plan.isolate:
-        return {spec.name: check(spec, plan.dims, plan.device) for spec in specs}
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
-        faults = list(pool.map(lambda spec: check_isolated(spec, plan), specs))
-    return {spec.name: fault for spec, fault in zip(specs, faults, strict=True)}
+Faults = dict[tuple[str, str], str]  # by kernel and size, '' for none
 
 
-def first_rows(specs: list[KernelSpec], plan: Plan, faults: dict[str, str]) -> list[tuple[KernelSpec, Row, Dims]]:
-    """A row for each kernel and size, with its state."""
+def first_rows(specs: list[KernelSpec], plan: Plan, faults: Faults) -> list[tuple[KernelSpec, Row, Dims]]:
+    """A row for each kernel and size to be timed, with its state, and one for each small size that is red."""
     arch = 0
     if plan.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(plan.device)
         arch = GFX942 if torch.version.hip else 10 * major + minor
     rows = []
     for spec in specs:
-        dtype = working_dtype(spec)
-        for name, dims in sizes(spec, plan.dims):
+        dtype, timed = working_dtype(spec), dict(sizes(spec, plan.dims))
+        for name, dims in {**timed, **spec.small}.items():
+            fault = faults.get((spec.name, name), "not checked")
+            if name not in timed and (not spec.on(arch) or fault in ("", "not checked")):
+                continue
             cost = spec.cost(dims, dtype)
             row = Row(spec.name, name, str(dtype).removeprefix("torch."), bytes=cost.bytes, flops=cost.flops)
             if not plan.kernels_run:
@@ -260,7 +162,7 @@ def first_rows(specs: list[KernelSpec], plan: Plan, faults: dict[str, str]) -> l
             elif not spec.on(arch):
                 needed = f"sm_{spec.min_arch}" + (f" to sm_{spec.max_arch}" if spec.max_arch else "")
                 row.state, row.note = "skipped", f"needs {needed}, this is {arch_name(arch)}"
-            elif fault := faults.get(spec.name, "not checked"):
+            elif fault and "kernel" in plan.contenders:
                 row.state, row.note = "red", fault
             rows.append((spec, row, dims))
     return rows
@@ -294,8 +196,10 @@ def cells(row: Row, ceilings: Ceilings) -> list[str]:
 def headline(rows: list[Row], ceilings: Ceilings) -> str:
     """The run in one line."""
     timed = [row for row in rows if "kernel" in row.seconds]
-    red = sorted({row.kernel for row in rows if row.state == "red"})
+    red = sorted({f"{row.kernel} [{row.dims}]" for row in rows if row.state == "red"})
     memory = sorted(r.bytes / r.seconds["kernel"] / ceilings.copy for r in timed if r.bound(ceilings) == "memory")
+    if not timed and not red:
+        return f"{sum(bool(row.seconds) for row in rows)} of {len(rows)} rows timed, none of our kernels"
     text = f"{len(timed)} of {len(rows)} rows timed" + (f", RED: {', '.join(red)}" if red else ", none red")
     middle = f"{100 * memory[len(memory) // 2]:.0f}" if memory else "-"
     return f"{text}; memory-bound kernels at {middle}% of copy (median)"
@@ -308,7 +212,7 @@ def report(rows: list[Row], ceilings: Ceilings) -> str:
         said = [f"{row.state}: {row.note}"] if row.note and row.state != "plain only" else []
         for note in [*said, *(f"{name}: {note}" for name, note in row.notes.items())]:
             notes.setdefault(note, []).append(f"{row.kernel} [{row.dims}]")
-    lines = [timing.table(HEAD, [cells(row, ceilings) for row in rows]), ""]
+    lines = [timing.table(HEAD, [cells(row, ceilings) for row in rows if row.seconds or row.state != "red"]), ""]
     for note, where in notes.items():
         more = f" and {len(where) - 2} more" if len(where) > 2 else ""
         lines.append(f"{', '.join(where[:2])}{more}: {note}")
@@ -325,19 +229,21 @@ def points(rows: list[Row]) -> list[tuple[str, str, float, float]]:
 
 def run(specs: list[KernelSpec], plan: Plan, path: Path | None) -> tuple[list[Row], Ceilings]:
     """Ceilings, checks, times; the file is written anew after every row."""
-    ceilings = timing.ceilings(plan.device, min(0.2, plan.seconds))
+    limits = ceilings(plan.device, min(0.2, plan.seconds))
     machine = timing.machine(plan.device)
     print(f"{machine.get('gpu', machine['cpu'])}; torch {machine['torch']}, triton {machine['triton']}")
-    print(f"ceilings: {ceilings.text}", *(f"({note})" for note in ceilings.notes), flush=True)
-    todo = first_rows(specs, plan, check_all(specs, plan))
+    print(f"ceilings: {limits.text}", *(f"({note})" for note in limits.notes), flush=True)
+    checks = plan.kernels_run and "kernel" in plan.contenders
+    todo = first_rows(specs, plan, check_all(specs, plan) if checks else {})
     rows = [row for _, row, _ in todo]
 
     def keep() -> None:
-        content = {"machine": machine, "ceilings": vars(ceilings), "headline": headline(rows, ceilings)}
+        content = {"machine": machine, "ceilings": asdict(limits), "headline": headline(rows, limits)}
         timing.save(path, content | {"rows": [asdict(row) for row in rows]})
 
     steps: list[tuple[str, Callable[..., None]]] = [("kernel", time_row)]
-    steps += [("compile", time_compiled)] if plan.compile_seconds >= 1 and not INTERPRETED else []
+    compiles = plan.compile_seconds >= 1 and "compile" in plan.contenders and not INTERPRETED
+    steps += [("compile", time_compiled)] if compiles else []
     for name, step in steps:
         for spec, row, dims in todo:
             if row.state not in ("ok", "plain only"):
@@ -353,12 +259,27 @@ def run(specs: list[KernelSpec], plan: Plan, path: Path | None) -> tuple[list[Ro
                 torch.cuda.empty_cache()
             keep()
     keep()
-    return rows, ceilings
+    return rows, limits
+
+
+def merged(results: Iterable[dict[str, Any]]) -> list[Row]:
+    """Rows of several runs' JSON as one table: the contenders that each of them timed."""
+    rows: dict[tuple[str, str], Row] = {}
+    for result in results:
+        for kept in result["rows"]:
+            new = Row(**kept)
+            row = rows.setdefault((new.kernel, new.dims), new)
+            if row is not new:
+                for name in ("seconds", "spread", "notes", "clocks"):
+                    getattr(row, name).update(getattr(new, name))
+    return list(rows.values())
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.micro", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kernel", default="", help="only kernels whose name holds this")
+    parser.add_argument("--but", default="", help="only kernels whose name does not hold this")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="whose times are taken (%(default)s)")
     parser.add_argument("--json", type=Path, help="write the results here, after every row")
     parser.add_argument("--plot", type=Path, help="write a roofline picture here")
     parser.add_argument("--seconds", type=float, default=0.2, help="of each measurement")
@@ -367,30 +288,35 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compile-seconds", type=float, default=25, help="time box of one torch.compile, 0: none")
     parser.add_argument("--budget", type=float, default=1e6, help="seconds after which what is left is skipped")
     parser.add_argument("--isolate", action=argparse.BooleanOptionalAction, help="checks in own processes")
-    parser.add_argument("--check", metavar="KERNEL", help="only check this kernel; status 1 when it is red")
+    parser.add_argument("--check", metavar="KERNEL", help="only check this kernel; status 1 when a size is red")
+    parser.add_argument("--sizes", metavar="NAME;...", help="with --check: only these sizes (all)")
     arguments = parser.parse_args(argv)
     device = timing.pick_device(arguments.device)
     if INTERPRETED and device.type == "cuda":
         parser.error("TRITON_INTERPRET=1 is for CPUs: unset it, or give --device cpu")
     if arguments.check:
         spec = next(spec for spec in KERNELS if spec.name == arguments.check)
-        return check_here(spec, arguments.dims, device)
+        return check_here(spec, arguments.dims, device, arguments.sizes)
     isolate = device.type == "cuda" if arguments.isolate is None else arguments.isolate
     deadline = time.monotonic() + arguments.budget
-    plan = Plan(device, arguments.dims, arguments.seconds, arguments.compile_seconds, deadline, isolate)
+    contenders = tuple(arguments.contenders.split(","))
+    if unknown := [name for name in contenders if name not in CONTENDERS]:
+        parser.error(f"no contender is called '{unknown[0]}'; there is: {', '.join(CONTENDERS)}")
+    plan = Plan(device, arguments.dims, arguments.seconds, arguments.compile_seconds, deadline, isolate, contenders)
     specs = [spec for spec in KERNELS if arguments.kernel in spec.name]
+    specs = [spec for spec in specs if not arguments.but or arguments.but not in spec.name]
     if not specs:
-        parser.error(f"no kernel's name holds '{arguments.kernel}'")
+        parser.error(f"no kernel's name holds '{arguments.kernel}' and not '{arguments.but}'")
     if not plan.kernels_run:
         print("no GPU: Triton's kernels cannot run here; only plain PyTorch is timed (TRITON_INTERPRET=1 checks them)")
     elif INTERPRETED:
         print("Triton's interpreter: the kernels are checked; their times mean nothing")
-    rows, ceilings = run(specs, plan, arguments.json)
-    print(report(rows, ceilings))
+    rows, limits = run(specs, plan, arguments.json)
+    print(report(rows, limits))
     if arguments.plot:
-        print(timing.roofline(points(rows), ceilings, arguments.plot))
-    print(headline(rows, ceilings))
-    print(json.dumps({"ceilings": vars(ceilings), "rows": [asdict(row) for row in rows]}))
+        print(timing.roofline(points(rows), limits, arguments.plot))
+    print(headline(rows, limits))
+    print(json.dumps({"ceilings": asdict(limits), "rows": [asdict(row) for row in rows]}))
     return 1 if any(row.state == "red" or ("kernel" in row.notes and row.state == "ok") for row in rows) else 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import line_14b, micro, stage_14b, timing
-from bench.timing import Ceilings
+from bench.ceilings import Ceilings
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 STAGES = {
@@ -25,7 +25,7 @@ LINES = {
 
 
 def ceilings_of(result: dict[str, Any]) -> Ceilings:
-    return Ceilings(**result["ceilings"] | {"notes": tuple(result["ceilings"]["notes"])})
+    return Ceilings.read(result["ceilings"])
 
 
 def page(suite: dict[str, Any], name: str, docs: Path) -> str:

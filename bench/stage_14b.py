@@ -28,8 +28,10 @@ from torch import Tensor  # noqa: E402
 from bench import timing  # noqa: E402
 from bench.block_step_cpu import DISTANCE, TIMESTEP  # noqa: E402
 from bench.block_step_cpu import measure as measure_whole_plain  # noqa: E402
+from bench.ceilings import Ceilings, ceilings  # noqa: E402
 from bench.plain_dit import Layer, rope_table, rotate  # noqa: E402
-from bench.timing import Ceilings, Timing, one_line  # noqa: E402
+from bench.step_bytes import element_wise_bytes  # noqa: E402
+from bench.timing import Timing, one_line  # noqa: E402
 from liverelay.engine.make_checkpoint import _dit_tensor  # noqa: E402
 from liverelay.engine.models.attention_choice import choose_attention  # noqa: E402
 from liverelay.engine.models.dit import DiT  # noqa: E402
@@ -73,17 +75,6 @@ class RandomWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
-
-
-def element_wise_bytes(config: DiTConfig, geometry: Geometry, size: int) -> float:
-    """What the fused element-wise kernels have to move in a block-step: docstrings of kernels/norm, rope, feedforward.
-
-    A layer: 3 + 2 + 4 + 6 rows of the width in the norms, 4 in qk_norm_rope, 2 of the feed-forward's width in gelu, and
-    the sink's reference keys; 4 more where sound is injected; 2 before the first layer.
-    """
-    t, d = geometry.block_tokens, config.dim
-    layer = t * (19 * d + 2 * config.ffn_dim) + 2 * geometry.frame_tokens * d
-    return float(size * (config.num_layers * layer + len(config.audio_inject_layers) * 4 * t * d + 2 * t * d))
 
 
 class Bench:
@@ -186,7 +177,8 @@ def measure_backend(bench: Bench, dit: DiT, seconds: float) -> dict[str, Any]:
     eager = timing.measure(lambda: bench.step(dit), device=bench.device, seconds=seconds, graph=False, cold=False)
     operators = split(bench, dit, 3)
     result = {
-        "eager_s": eager.seconds, "eager_spread": eager.spread, "graph_s": None, "operators_s": operators,
+        "eager_s": eager.seconds, "eager_spread": eager.spread, "clocks": eager.clocks, "graph_s": None,
+        "operators_s": operators,
         "parts_s": parts(operators), "note": "no CUDA graphs on a CPU",
     }  # fmt: skip
     if bench.device.type != "cuda":
@@ -194,7 +186,7 @@ def measure_backend(bench: Bench, dit: DiT, seconds: float) -> dict[str, Any]:
     took, difference = captured(bench, dit, seconds)
     result |= {"note": took.note, "graph_difference": difference}
     if took.how == "graph":
-        result |= {"graph_s": took.seconds, "graph_spread": took.spread}
+        result |= {"graph_s": took.seconds, "graph_spread": took.spread, "clocks": took.clocks}
     return result
 
 
@@ -294,19 +286,19 @@ def headline(result: dict[str, Any]) -> str:
 def run(config: DiTConfig, geometry: Geometry, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     """All measurements; the file is written anew after each."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    ceilings = timing.ceilings(device, min(0.2, options.seconds))
+    limits = ceilings(device, min(0.2, options.seconds))
     attention, others = block_step_flops(config, geometry)
-    element = element_wise_bytes(config, geometry, dtype.itemsize)
-    product = (options.fp8 and ceilings.fp8) or ceilings.matmul
-    attending = product if options.fp8 == "all" else ceilings.matmul
+    element = element_wise_bytes(config, geometry, dtype, options.fp8)
+    product = (options.fp8 and limits.fp8) or limits.matmul
+    attending = product if options.fp8 == "all" else limits.matmul
     result: dict[str, Any] = {
         "preset": options.preset, "fp8": options.fp8,
         "config": asdict(config), "dtype": str(dtype), "machine": timing.machine(device),
-        "ceilings": vars(ceilings), "backends": {},
+        "ceilings": asdict(limits), "backends": {}, "element_wise_bytes": element,
         "flops": {"total": attention + others, "self-attention": attention, "linear, text, audio": others},
-        "floor_s": [others / product, attention / attending, element / ceilings.copy, 0.0],
+        "floor_s": [others / product, attention / attending, element / limits.copy, 0.0],
     }  # fmt: skip
-    print(f"{result['machine'].get('gpu', result['machine']['cpu'])}; ceilings: {ceilings.text}", flush=True)
+    print(f"{result['machine'].get('gpu', result['machine']['cpu'])}; ceilings: {limits.text}", flush=True)
     started = time.perf_counter()
     bench = Bench(config, geometry, device, dtype, fp8=options.fp8)
     result["load_s"] = time.perf_counter() - started
@@ -337,7 +329,7 @@ def run(config: DiTConfig, geometry: Geometry, device: torch.device, options: ar
     if device.type == "cpu" and options.preset == "tiny":
         result["plain"]["whole_model"] = measure_whole_plain(config, geometry, blocks=3)
     timing.save(options.json, result | {"headline": headline(result)})
-    print(report(result, ceilings))
+    print(report(result, limits))
     if whole := result["plain"].get("whole_model"):
         print(f"whole plain model, float32: {whole['ratio']:.2f}x the time of the engine's block-step")
     return result

@@ -1,7 +1,4 @@
-"""Times of single calls, and what the machine could do at best: the ground that every GPU number stands on.
-
-Only torch is needed. `python -m bench.timing` prints the machine's description and its ceilings as JSON.
-"""
+"""Times of single calls, the machine that they were taken on, and how they are shown and kept. Only torch is needed."""
 
 from __future__ import annotations
 
@@ -13,13 +10,18 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from bench.clocks import watched
+
+if TYPE_CHECKING:
+    from bench.ceilings import Ceilings
 
 Call = Callable[[], Any]
 COLD_BYTES = 1 << 28  # several times the L2 cache of any GPU: what has to pass until old data has left it
@@ -30,7 +32,7 @@ MIN_SAMPLES, MAX_SAMPLES = 5, 200
 class Timing:
     """Median seconds of one call; spread: (90th - 10th percentile) / median; how: graph, events or clock.
 
-    note: why a graph was asked for and could not be had.
+    note: why a graph was asked for and could not be had; clocks: median clock and power of the GPU meanwhile.
     """
 
     seconds: float
@@ -38,6 +40,7 @@ class Timing:
     samples: int
     how: str
     note: str = ""
+    clocks: dict[str, float] = field(default_factory=dict)
 
 
 class TimeBoxError(Exception):
@@ -158,10 +161,12 @@ def _measure_cuda(calls: list[Call], device: torch.device, seconds: float, graph
     before = buffer.zero_ if buffer is not None else None
     run()
     pairs, begun = [], time.perf_counter()
-    while len(pairs) < MAX_SAMPLES and (len(pairs) < MIN_SAMPLES or time.perf_counter() - begun < seconds):
-        pairs += [_timed_cuda(run, before) for _ in range(max(1, min(20, round(0.05 / guess))))]
-        torch.cuda.synchronize(device)
-    result = summary([first.elapsed_time(last) / 1e3 / count for first, last in pairs], how, note)
+    with watched(device) as clocks:
+        while len(pairs) < MAX_SAMPLES and (len(pairs) < MIN_SAMPLES or time.perf_counter() - begun < seconds):
+            pairs += [_timed_cuda(run, before) for _ in range(max(1, min(20, round(0.05 / guess))))]
+            torch.cuda.synchronize(device)
+    taken = summary([first.elapsed_time(last) / 1e3 / count for first, last in pairs], how, note)
+    result = replace(taken, clocks=clocks)
     if captured is not None:
         captured.reset()
     return result
@@ -194,70 +199,6 @@ class Stopwatch:
             return result
 
         return timed
-
-
-# -- ceilings ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """Rates measured here: copy in bytes/s, read and written; matmul and fp8 in FLOP/s (fp8 0 where there is none)."""
-
-    copy: float
-    matmul: float
-    fp8: float
-    matmul_dtype: str
-    notes: tuple[str, ...] = ()
-
-    @property
-    def text(self) -> str:
-        fp8 = f", fp8 {self.fp8 / 1e12:.0f} TFLOP/s" if self.fp8 else ""
-        matmul = f"{self.matmul / 1e12:.0f} TFLOP/s" if self.matmul > 1e13 else f"{self.matmul / 1e9:.0f} GFLOP/s"
-        return f"copy {self.copy / 1e9:.0f} GB/s, matmul {matmul} ({self.matmul_dtype}){fp8}"
-
-
-# m, k, n; the second is the model's largest linear layer.
-GPU_SHAPES = ((8192, 8192, 8192), (3168, 5120, 13824), (4096, 4096, 4096), (16384, 8192, 8192))
-CPU_SHAPES = ((1024, 1024, 1024),)
-
-
-def ceilings(device: torch.device, seconds: float = 0.2) -> Ceilings:
-    """Copy bandwidth of large tensors and the best matrix product of some shapes, in random numbers (not zeros)."""
-    gpu = device.type == "cuda"
-    copy = _copy_rate((1 << 30) if gpu else (1 << 26), device, seconds)
-    dtype = torch.bfloat16 if gpu else torch.float32
-    best, fp8, notes = 0.0, 0.0, []
-    for shape in GPU_SHAPES if gpu else CPU_SHAPES:
-        m, k, n = shape
-        a, b = (torch.randn(rows, k, device=device, dtype=dtype) for rows in (m, n))
-        out = torch.empty(m, n, device=device, dtype=dtype)
-        took = measure(lambda a=a, b=b, out=out: torch.mm(a, b.t(), out=out), device=device, seconds=seconds)
-        best = max(best, 2.0 * m * k * n / took.seconds)
-        if gpu:
-            try:
-                fp8 = max(fp8, 2.0 * m * k * n / _scaled_mm_seconds(a, b, device, seconds))
-            except Exception as error:  # no FP8 on this GPU, or another signature
-                notes.append(f"fp8 {shape}: {one_line(error)}")
-    return Ceilings(copy, best, fp8, str(dtype).removeprefix("torch."), tuple(notes[:1]))
-
-
-def _copy_rate(size: int, device: torch.device, seconds: float) -> float:
-    source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
-    target = torch.empty_like(source)
-    return 2 * size / measure(lambda: target.copy_(source), device=device, seconds=seconds, cold=False).seconds
-
-
-def _scaled_mm_seconds(a: Tensor, b: Tensor, device: torch.device, seconds: float) -> float:
-    one = torch.ones((), device=device)
-    a8, b8 = (part.to(torch.float8_e4m3fn) for part in (a, b))
-
-    def product() -> Tensor:
-        out: Tensor = torch._scaled_mm(
-            a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-        return out
-
-    return measure(product, device=device, seconds=seconds).seconds
 
 
 # -- the machine -------------------------------------------------------------------------------------------------------
@@ -377,15 +318,3 @@ def pick_device(name: str | None) -> torch.device:
     """The device asked for, else the GPU where there is one."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
-
-
-def main() -> int:
-    device = pick_device(None)
-    measured = ceilings(device)
-    print(measured.text)
-    print(json.dumps({"machine": machine(device), "ceilings": vars(measured)}))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
