@@ -86,11 +86,13 @@ def checks(gpu: bool, base: dict[str, str]) -> list[Part]:
         Task(f"{Path(file).stem}-{i}", (*shared, file), {SHARE: f"{i}/{count}"})
         for file in files for count in [SHARES if gpu else 1] for i in range(count)
     ]  # fmt: skip
-    side = {"side_by_side": min(8, cores // 2 or 1)}
+    side = {"side_by_side": min(8, cores)}
+    turn, weight = TURNS["kernels"]
+    weight *= 1 if gpu else 6  # Triton's interpreter takes long
     return [
-        Part("build", (Task("build", (sys.executable, "-m", "bench.build")),), *TURNS["build"], base),
-        Part("kernels", tuple(kernels), *TURNS["kernels"], environment, **side, tests=True, no_skips=gpu),
-        Part("tests", tuple(tests), *TURNS["tests"], plain, **side, after="build", tests=True, no_skips=gpu),
+        Part("build", (Task("build", (sys.executable, "-m", "bench.build")),), turn, weight, base),
+        Part("kernels", tuple(kernels), turn, weight, environment, **side, tests=True, no_skips=gpu),
+        Part("tests", tuple(tests), turn, weight, plain, **side, after="build", tests=True, no_skips=gpu),
     ]
 
 

@@ -208,11 +208,11 @@ def headline(result: dict[str, Any]) -> str:
 
 def report(result: dict[str, Any]) -> str:
     """The table of a run."""
-    rows = [[name.removesuffix("_s"), ms(took)] for name, took in result["parts_s"].items()]
+    rows = [[name.removesuffix("_s").replace("_", " "), ms(took)] for name, took in result.get("parts_s", {}).items()]
     for state in ("cold", "warm"):
         rows += [[f"{state} line: {name.removesuffix('_s').replace('_', ' ')}", ms(took)]
-                 for name, took in result[state].items()]  # fmt: skip
-    gaps = result["gaps"]
+                 for name, took in result.get(state, {}).items()]  # fmt: skip
+    gaps = result.get("gaps", {})
     rows += [[f"gap between blocks, {name.removesuffix('_s').replace('_', ', ')}", ms(gaps[name])]
              for name in ("alone_median_s", "beside_median_s", "beside_max_s") if name in gaps]  # fmt: skip
     return timing.table(["opening a session", "ms"], rows)

@@ -71,9 +71,14 @@ def measure(preset: str, device: torch.device, limits: Ceilings, seconds: float)
     return {"rows": rows, "notes": notes}
 
 
+def tera(rate: float) -> str:
+    """Of operations a second."""
+    return f"{rate / 1e12:.0f}" if rate >= 1e14 else f"{rate / 1e12:.3g}"
+
+
 def report(result: dict[str, Any]) -> str:
     rows = [
-        (f"{r['m']} x {r['n']} x {r['k']}", r["way"], f"{1e6 * r['s']:.0f}", f"{r['flops'] / 1e12:.3g}",
+        (f"{r['m']} x {r['n']} x {r['k']}", r["way"], f"{1e6 * r['s']:.0f}", tera(r["flops"]),
          f"{100 * r['of_ceiling']:.0f}" if r["of_ceiling"] else "-")
         for r in result["rows"]
     ]  # fmt: skip
@@ -84,8 +89,8 @@ def headline(result: dict[str, Any]) -> str:
     """The run in one line."""
     texts = []
     for way in WAYS:
-        rates = [row["flops"] / 1e12 for row in result["rows"] if row["way"] == way]
-        texts += [f"{way} {min(rates):.3g} to {max(rates):.3g} TFLOP/s"] if rates else []
+        rates = [row["flops"] for row in result["rows"] if row["way"] == way]
+        texts += [f"{way} {tera(min(rates))} to {tera(max(rates))} TFLOP/s"] if rates else []
     return ", ".join(texts)
 
 

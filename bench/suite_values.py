@@ -113,6 +113,8 @@ def _of_opening(result: Mapping[str, Any]) -> Iterator[Value]:
     for state in ("warm", "cold"):
         if first := found.get(state, {}).get("first_frames_s"):
             yield Value(f"opening: first frames, {state} line", 1e3 * first, "ms")
+        if first := found.get(state, {}).get("after_encoding_s"):
+            yield Value(f"opening: first frames once encoded, {state} line", 1e3 * first, "ms")
     for name, what in (("beside_median_s", "median"), ("beside_max_s", "longest")):
         if gap := found.get("gaps", {}).get(name):
             yield Value(f"gap between blocks while another opens, {what}", 1e3 * gap, "ms")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from liverelay.engine.arguments import add_fp8, number, positive, size
 from liverelay.engine.errors import InputError
+from liverelay.engine.relay.card_times import CARDS, NEWEST
 
 if TYPE_CHECKING:
     from liverelay.engine.relay.links import Machine
@@ -61,10 +62,16 @@ def _add_common(p: argparse.ArgumentParser) -> None:
     p.add_argument("--size", type=size, default=(704, 384), metavar="WxH", help="video size in pixels (704x384)")
     add_fp8(p)
     p.add_argument("--plan", metavar="STAGES", help="this one, as in 0,1,2,3,vae or 0,1,2,3,vae1,vae2 (the best)")
-    p.add_argument("--memory", type=positive(float, "GiB"), metavar="GIB", help="of each GPU (this machine's, or 79.2)")
+    p.add_argument(
+        "--card", choices=sorted(CARDS),
+        help=f"whose measured times to take (that of this machine's GPUs by the name that NVML gives, else {NEWEST})",
+    )
+    p.add_argument(
+        "--memory", type=positive(float, "GiB"), metavar="GIB", help="of each GPU (this machine's, else the card's)"
+    )
     p.add_argument(
         "--times", type=Path, metavar="FILE.json",
-        help="measured times in ms, as in {\"step_ms\": 200, \"vae_ms\": 90} (those of an H100, for its size scaled)",
+        help="measured times in ms, as in {\"step_ms\": 200, \"vae_ms\": 90} (the card's, scaled to the size)",
     )
     p.add_argument("--json", action="store_true", help="print everything as json")
 
@@ -77,11 +84,15 @@ def _rates(text: str) -> tuple[float, ...]:
 
 
 def _machine(a: argparse.Namespace, handoff_bytes: int, *, nodes: int = 1, handoff_ms: float | None = None) -> Machine:
-    """The GPUs here, as many as were asked for, in the best order; or such as were asked for and are not here."""
+    """The GPUs here, as many as were asked for, in the best order; or such as were asked for and are not here.
+
+    Settles which card's times are taken, where that was not asked for (`a.card`).
+    """
     from liverelay.engine.relay.links import GIB, NETWORK, NVLINK, Link, Machine, look
-    from liverelay.engine.relay.times import MEASURED_MEMORY
+    from liverelay.engine.relay.times import card, card_of
 
     found = look() if nodes == 1 and handoff_ms is None else None
+    a.card = a.card or card_of(device.model for device in (found.devices if found else ()))
     if a.gpus is None and found is None:
         raise InputError("no GPU was found here; say how many to plan for, as in --gpus 5")
     count = a.gpus or len(found.devices if found else ())
@@ -92,7 +103,7 @@ def _machine(a: argparse.Namespace, handoff_bytes: int, *, nodes: int = 1, hando
     else:
         given = None if handoff_ms is None else Link("given", handoff_ms, float("inf"))
         inner = given if given is not None and nodes == 1 else NVLINK
-        memory = max(device.memory for device in found.devices) if found else MEASURED_MEMORY
+        memory = max(device.memory for device in found.devices) if found else card(a.card).memory
         machine = Machine.assumed(count, memory, nodes=nodes, inner=inner, outer=given or NETWORK)
     if a.memory is not None:
         machine = replace(machine, devices=tuple(replace(d, memory=int(a.memory * GIB)) for d in machine.devices))
@@ -105,7 +116,7 @@ def _times_of(a: argparse.Namespace) -> TimesOf:
 
     check_size(a.size)
     if a.times is None:
-        return lambda task: bundled_times(task.size, task.fp8)
+        return lambda task: bundled_times(task.size, task.fp8, name=a.card)
     return functools.cache(lambda task: read_times(a.times, task.size))
 
 
@@ -162,26 +173,24 @@ def _plan(a: argparse.Namespace) -> int:
 
 def _notes(a: argparse.Namespace, forecast: Forecast, machine: Machine) -> list[str]:
     """What the figures rest on, and what stays unused."""
-    from liverelay.engine.relay.times import MEASURED_ON, MEASURED_SIZE, TARGET
+    from liverelay.engine.relay.times import MEASURED_SIZE, card
 
-    times, notes = forecast.times, []
+    times, notes, model = forecast.times, [], card(a.card).model
     figures = [
         f"{name.removesuffix('_ms')} {value:.1f} ms ({times.states[name]})"
         for name, value in (
             ("step_ms", times.step_ms[0]), ("vae_ms", times.vae_ms), ("prefill_ms", times.prefill_ms),
-            ("prime_ms", times.prime_ms),
+            ("prime_ms", times.prime_ms), ("encode_ms", times.encode_ms),
         )
     ]  # fmt: skip
-    source = str(a.times) if a.times else f"of one {MEASURED_ON}, measured at {MEASURED_SIZE[0]}x{MEASURED_SIZE[1]}"
+    source = str(a.times) if a.times else f"of one {model}, measured at {MEASURED_SIZE[0]}x{MEASURED_SIZE[1]}"
     notes.append(f"times {source}: {', '.join(figures)}")
-    if times.states["vae_ms"] == TARGET:
-        notes.append("the VAE's time is a target: it has not been measured on a GPU yet")
     if not times.encode_ms:
         notes.append("encoding image and prompt is not counted in the first frame: it has not been measured")
     models = {device.model for device in machine.devices if device.model}
     if not machine.here:
         notes.append("no such GPUs were looked at: memory and links are assumed")
-    elif a.times is None and models != {MEASURED_ON}:
+    elif a.times is None and models != {model}:
         notes.append(f"this machine has {', '.join(sorted(models))}: measure its times and give them with --times")
     links = dict.fromkeys(link.name for link in forecast.machine.handoffs)
     if links:

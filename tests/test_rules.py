@@ -22,6 +22,7 @@ ENVIRONMENT = {"engine/config.py"}  # the only files that may read the environme
 # A module of the engine imports only from rows above its own. A new module gets its place here.
 LAYERS = (
     "errors version progress arguments models.convolution models.sampler models relay relay.scheduler relay.links",
+    "relay.card_times",
     "frame_ring_layout",
     "config devices relay.dispatch native media models.geometry models.lora models.image models.vae_config",
     "models.sizes frame_ring_twin relay.plan",

@@ -179,6 +179,7 @@ def test_the_dispatcher_sends_no_more_than_keeps_the_line_busy() -> None:
 def test_the_command_reports_lines_and_sessions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "trace.json"
     flags = ["--gpus", "16", "--nodes", "2", "--handoff-ms", "5", "--sessions", "20", "--seconds", "20", "--fp8"]
+    flags += ["--card", "h100"]  # whose memory is for few
     assert main(["simulate", *flags, "--rates", "25,30,0", "--trace", str(trace), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [line["plan"] for line in found["lines"]] == ["0,1,2,3,vae"] * 3
@@ -252,7 +253,8 @@ def test_outputs_are_checked_before_the_work(
     ("flags", "status"),
     [
         ("--gpus 0", 2), ("--gpus 5 --rates 25,-1", 2), ("--gpus 5 --rates x", 2), ("--gpus 5 --sessions 100000", 1),
-        ("--gpus 2 --nodes 3", 1), ("--gpus 2 --lines 3", 1), ("--gpus 2 --size 100x100", 1), ("--gpus 1", 1),
+        ("--gpus 2 --nodes 3", 1), ("--gpus 2 --lines 3", 1), ("--gpus 2 --size 100x100", 1),
+        ("--gpus 1 --card h100", 1),
         ("--gpus 5 --seconds 1e8", 1), ("--gpus 5 --seconds nan", 2), ("--gpus 5 --handoff-ms -1", 2),
         ("--gpus 2 --trace missing/trace.json", 1),
     ],

@@ -1,13 +1,13 @@
-"""How long each part of a block's work takes: measured on one GPU, scaled to other sizes, or given by a file.
+"""How long each part of a block's work takes: measured on a card, scaled to other sizes, or given by a file.
 
-Every figure carries where it comes from, so that a target is never shown as a measurement. Pure Python, no torch.
+Every figure carries where it comes from, so that an estimate is never shown as a measurement. Pure Python, no torch.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,11 @@ from liverelay.engine.errors import InputError
 from liverelay.engine.models.geometry import Geometry
 from liverelay.engine.models.sizes import PUBLISHED, block_step_flops, decode_flops, prefill_flops, prime_flops
 from liverelay.engine.models.vae_config import VAEConfig
+from liverelay.engine.relay.card_times import CARDS, NEWEST
 from liverelay.engine.relay.plan import StagePlan
 
-MEASURED, ESTIMATE, TARGET, GIVEN = "measured", "estimate", "target", "given"
-MEASURED_ON = "NVIDIA H100 80GB HBM3"
-MEASURED_MEMORY = 85_017_493_504  # bytes of that GPU
+MEASURED, ESTIMATE, GIVEN = "measured", "estimate", "given"
 MEASURED_SIZE = (704, 384)
-# One block-step with a full ring, in ms: products with text and sound, self-attention, element-wise kernels, the rest
-# (parts_s of the backend `fastest`, eager), and the whole as a replayed CUDA graph (its graph_s). From
-# bench/results/h100-2026-11-24.json, parts stage, fp8 and fp8-all; a test compares.
-STEP_PARTS_MS = {
-    "": ((118.97, 68.566, 12.422, 2.7513), 199.97),
-    "products": ((63.958, 66.424, 16.063, 5.2386), 146.36),
-    "all": ((63.077, 87.133, 16.552, 3.4958), 166.06),
-}
-# Not measured on a GPU yet: the budget for decoding 12 frames (27.5 TFLOP of convolutions).
-VAE_TARGET_MS = 90.0
 SHARES = tuple((2.5 + min(3 * (block + 1), 12)) / 14.5 for block in range(4))  # of the arena that a block attends to
 _NAMES = ("step_ms", "attention_ms", "vae_ms", "prefill_ms", "prime_ms", "encode_ms")
 
@@ -43,7 +32,7 @@ class StageTimes:
 
     step_ms: one block-step with a full ring, for each step of the schedule; attention_ms: the part of each that grows
     with the ring. vae_ms: decoding a block. prefill_ms: a sink, once for each stage; prime_ms: a new session's decoder.
-    encode_ms: image and prompt, before a session is opened.
+    encode_ms: the image, before a session is opened.
     """
 
     step_ms: tuple[float, ...]
@@ -74,7 +63,7 @@ class StageTimes:
         names = [name for stage in stages for name, has in (("step_ms", stage.steps), ("vae_ms", stage.decode)) if has]
         states = [self.states.get(name, GIVEN) for name in names]
         states += [ESTIMATE for stage in stages if 0 < stage.vae_share < 1]
-        return max(states, key=(MEASURED, GIVEN, ESTIMATE, TARGET).index)
+        return max(states, key=(MEASURED, GIVEN, ESTIMATE).index)
 
 
 def geometry_of(size: tuple[int, int]) -> Geometry:
@@ -82,31 +71,70 @@ def geometry_of(size: tuple[int, int]) -> Geometry:
     return Geometry(size[1] // 8, size[0] // 8, PUBLISHED.head_dim)
 
 
-def bundled_times(size: tuple[int, int] = MEASURED_SIZE, fp8: str = "", steps: int = 4) -> StageTimes:
-    """Of the 14B model on the GPU that was measured, for a size (width, height) and what is in FP8 (a word or "").
+@dataclass(frozen=True)
+class Card:
+    """One kind of GPU and what was measured on it (`card_times.CARDS` says how). memory: bytes."""
+
+    model: str
+    memory: int
+    results: str
+    steps: Mapping[str, Mapping[str, Any]]
+    vae_ms: float | None
+    encode_ms: float | None
+    prefill_ms: float | None
+    prime_ms: float | None
+
+
+def card(name: str = NEWEST) -> Card:
+    """The card of that name. Raises InputError for one that was not measured."""
+    if name not in CARDS:
+        raise InputError(f"no times of a card '{name}' are known; there is: {', '.join(CARDS)}")
+    return Card(**CARDS[name])
+
+
+def card_of(models: Iterable[str]) -> str:
+    """The card that GPUs of these models are, as in "NVIDIA H100 80GB HBM3"; the newest where it is none or several."""
+    found = {name for model in models for name in CARDS if name in model.lower()}
+    return found.pop() if len(found) == 1 else NEWEST
+
+
+def bundled_times(
+    size: tuple[int, int] = MEASURED_SIZE, fp8: str = "", steps: int = 4, name: str = NEWEST
+) -> StageTimes:
+    """Of the 14B model on a card, for a size (width, height) and what is in FP8 (a word or "").
 
     Products and element-wise kernels are linear in a frame's tokens P, self-attention is quadratic, the rest is
     constant: ms(P) = (products + element-wise) * F(P) / F(P0) + attention * A(P) / A(P0) + rest, with F and A of
-    `block_step_flops`. A prefill is counted in the same way from its own operations. Decoding goes with `decode_flops`.
+    `block_step_flops`. A prefill is counted in the same way from its own operations. Decoding and priming go with
+    `decode_flops`, encoding with the pixels. What was not measured on this card is as on the newest one.
     """
-    (products, attention, rows, rest), whole = STEP_PARTS_MS["" if fp8 == "attention" else fp8]
-    state = MEASURED
+    gpu, other = card(name), card()
+    step = gpu.steps["" if fp8 == "attention" else fp8]
+    (products, attention, rows, rest), whole, known = step["parts_ms"], step["whole_ms"], step["measured"]
     if fp8 == "attention":  # never measured alone: bfloat16 with the attention of "all"
-        whole, attention, state = whole - attention + STEP_PARTS_MS["all"][0][1], STEP_PARTS_MS["all"][0][1], ESTIMATE
+        in_fp8 = gpu.steps["all"]["parts_ms"][1]
+        whole, attention, known = whole - attention + in_fp8, in_fp8, False
     graph = whole / (products + attention + rows + rest)  # the parts are of eager steps
     here, there = geometry_of(size), geometry_of(MEASURED_SIZE)
     (attend, others), (attend_0, others_0) = (block_step_flops(PUBLISHED, g) for g in (here, there))
-    sink_attend, sink_others = prefill_flops(PUBLISHED, here)
+    decode = decode_flops(VAEConfig(), here) / decode_flops(VAEConfig(), there)
 
     def whole_ms(attend: float, others: float) -> float:
         return graph * ((products + rows) * others / others_0 + attention * attend / attend_0 + rest)
 
-    vae = VAE_TARGET_MS * decode_flops(VAEConfig(), here) / decode_flops(VAEConfig(), there)
-    state = state if size == MEASURED_SIZE else ESTIMATE
-    states = {"step_ms": state, "vae_ms": TARGET, "prefill_ms": ESTIMATE, "prime_ms": ESTIMATE}
+    vae_ms, prefill_ms = gpu.vae_ms or other.vae_ms or 0.0, whole_ms(*prefill_flops(PUBLISHED, here))
+    if gpu.prefill_ms:
+        prefill_ms *= gpu.prefill_ms / whole_ms(*prefill_flops(PUBLISHED, there))
+    pixels = math.prod(size) / math.prod(MEASURED_SIZE)
+    measured = {
+        "step_ms": known, "vae_ms": gpu.vae_ms, "prefill_ms": gpu.prefill_ms, "prime_ms": gpu.prime_ms,
+        "encode_ms": gpu.encode_ms,
+    }  # fmt: skip
+    states = {name: MEASURED if there and size == MEASURED_SIZE else ESTIMATE for name, there in measured.items()}
     return StageTimes(
-        (whole_ms(attend, others),) * steps, vae, whole_ms(sink_attend, sink_others), _prime_ms(vae),
-        graph * attention * attend / attend_0, states=states,
+        (whole_ms(attend, others),) * steps, decode * vae_ms, prefill_ms,
+        decode * (gpu.prime_ms or other.prime_ms or _prime_ms(vae_ms)), graph * attention * attend / attend_0,
+        pixels * (gpu.encode_ms or other.encode_ms or 0.0), states,
     )  # fmt: skip
 
 
@@ -117,7 +145,7 @@ def _prime_ms(vae_ms: float) -> float:
 
 
 def vae_share() -> float:
-    """Time of decoding a block, in block-steps."""
+    """Time of decoding a block, in block-steps in the working dtype, as measured on the newest card."""
     times = bundled_times()
     return times.vae_ms / times.step_ms[0]
 
