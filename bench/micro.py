@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -26,6 +27,7 @@ import torch  # noqa: E402
 from bench import timing  # noqa: E402
 from bench.ceilings import Ceilings, ceilings  # noqa: E402
 from bench.kernel_check import check_all, check_here, make_case, sizes, working_dtype  # noqa: E402
+from bench.suite_runner import PART_SECONDS  # noqa: E402
 from bench.timing import one_line  # noqa: E402
 from liverelay.kernels import attention_backends, torch_ops  # noqa: E402
 from liverelay.kernels.launch import INTERPRETED  # noqa: E402
@@ -241,7 +243,7 @@ def run(specs: list[KernelSpec], plan: Plan, path: Path | None) -> tuple[list[Ro
         content = {"machine": machine, "ceilings": asdict(limits), "headline": headline(rows, limits)}
         timing.save(path, content | {"rows": [asdict(row) for row in rows]})
 
-    steps: list[tuple[str, Callable[..., None]]] = [("kernel", time_row)]
+    steps: list[tuple[str, Callable[..., None]]] = [("kernel", time_row)] if plan.contenders != ("compile",) else []
     compiles = plan.compile_seconds >= 1 and "compile" in plan.contenders and not INTERPRETED
     steps += [("compile", time_compiled)] if compiles else []
     for name, step in steps:
@@ -286,7 +288,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dims", choices=("production", "small"), default="production")
     parser.add_argument("--device", choices=("cuda", "cpu"))
     parser.add_argument("--compile-seconds", type=float, default=25, help="time box of one torch.compile, 0: none")
-    parser.add_argument("--budget", type=float, default=1e6, help="seconds after which what is left is skipped")
+    budget = float(os.environ.get(PART_SECONDS, 1e6))
+    parser.add_argument("--budget", type=float, default=budget, help="seconds after which what is left is skipped")
     parser.add_argument("--isolate", action=argparse.BooleanOptionalAction, help="checks in own processes")
     parser.add_argument("--check", metavar="KERNEL", help="only check this kernel; status 1 when a size is red")
     parser.add_argument("--sizes", metavar="NAME;...", help="with --check: only these sizes (all)")

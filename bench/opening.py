@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import tempfile
 import threading
@@ -34,6 +35,7 @@ from liverelay.engine import Engine, make_checkpoint  # noqa: E402
 from liverelay.engine.config import StreamConfig  # noqa: E402
 from liverelay.engine.devices import fp8_parts  # noqa: E402
 from liverelay.engine.loading import Loader  # noqa: E402
+from liverelay.engine.models import text  # noqa: E402
 from liverelay.engine.models.dit import DiT  # noqa: E402
 from liverelay.engine.models.geometry import Geometry  # noqa: E402
 from liverelay.engine.models.sizes import arena_bytes  # noqa: E402
@@ -143,6 +145,13 @@ class Opening:
         }  # fmt: skip
 
 
+def allow_plain_prompts() -> None:
+    """A bare GPU machine lacks ftfy, without which no prompt is cleaned; ours needs none of it."""
+    if importlib.util.find_spec("ftfy") is None or importlib.util.find_spec("regex") is None:
+        print("prompts are taken as they are: ftfy or regex is not installed")
+        text.clean_text = str.strip
+
+
 def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """Median seconds of three calls after a first one."""
     taken = []
@@ -247,6 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     device = timing.pick_device(options.device)
     preset = options.preset or ("14b" if device.type == "cuda" else "tiny")
     result: dict[str, Any] = {"preset": preset, "fp8": options.fp8, "clocks": {}}
+    allow_plain_prompts()
     try:
         with tempfile.TemporaryDirectory() as folder:
             opening = Opening(preset, device, options.fp8, Path(folder))

@@ -22,6 +22,8 @@ from bench.suite_tests import NOTHING_COLLECTED, counts, wrongly_skipped
 ROOT = Path(__file__).resolve().parents[1]
 ECHO = 5000  # characters of each log that are printed: what reads our output may keep little of it
 POLL_S, FOLD_S = 0.05, 1.0
+PART_SECONDS = "LIVERELAY_PART_SECONDS"  # tells a task how long it has, less what ending takes
+ENDING_S = 5.0
 LOST_GRAPHS = "no CUDA graphs, launches one by one"  # as engine/relay/graph.py warns
 
 
@@ -105,9 +107,10 @@ class Running:
 
     def _start(self, task: Task) -> None:
         self.files[task.name] = self.log(task.name).open("wb")
+        left = {PART_SECONDS: f"{max(1.0, self.deadline - time.monotonic() - ENDING_S):.1f}"}
         try:
             self.processes[task.name] = subprocess.Popen(
-                task.command, cwd=ROOT, env=os.environ | self.part.environment | task.environment,
+                task.command, cwd=ROOT, env=os.environ | left | self.part.environment | task.environment,
                 stdin=subprocess.DEVNULL, stdout=self.files[task.name], stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip

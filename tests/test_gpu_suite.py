@@ -360,7 +360,7 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path: Path, monkeypatch: 
 def test_the_whole_suite_runs_dry_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here: run the suite itself")
-    assert gpu_suite.main(["--out", str(tmp_path), "--preset", "tiny", "--minutes", "30"]) == 0
+    assert gpu_suite.main(["--out", str(tmp_path), "--preset", "tiny", "--minutes", "40"]) == 0
     table = capfd.readouterr().out.rpartition("headline")[2].strip().splitlines()
     assert [line.split()[:2] for line in table[: len(gpu_suite.TURNS)]] == [
         [name, "passed"] for name in gpu_suite.TURNS

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bench import gpu_suite, suite_tests, suite_values
-from bench.suite_runner import LOST_GRAPHS, Outcome, Part, Task, run_parts
+from bench.suite_runner import LOST_GRAPHS, PART_SECONDS, Outcome, Part, Task, run_parts
 from bench.suite_values import Value, compared, values, worse
 
 SAYS = (sys.executable, "-c", "print('3 passed, 1 skipped in 0.1s')")
@@ -128,6 +128,12 @@ def test_a_part_waits_for_the_one_it_needs_and_never_has_more_tasks_at_a_time_th
     assert run(tmp_path / "again", alone)[0].state == "passed"
 
 
+def test_a_task_knows_how_long_it_has(tmp_path: Path) -> None:
+    says = python(f"import os; print('left', os.environ['{PART_SECONDS}'])")
+    (outcome,) = run(tmp_path, Part("says", tasks(says)), seconds=30.0)
+    assert 10 < float(outcome.headline.split()[1]) < 30
+
+
 def test_lost_graphs_make_a_part_fail(tmp_path: Path) -> None:
     warns = python(f"import logging; logging.getLogger('x').warning('cuda:0: {LOST_GRAPHS}: why')")
     measured, tested = run(tmp_path, Part("measures", tasks(warns)), Part("tests", tasks(warns), tests=True))
@@ -186,7 +192,7 @@ def test_the_families_are_those_of_the_kernels() -> None:
 def test_the_suite_needs_no_installation(gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("LIVERELAY_GOLDEN", "somewhere")
-    parts = {part.name: part for part in gpu_suite.suite("14b", gpu, tmp_path, 480)}
+    parts = {part.name: part for part in gpu_suite.suite("14b", gpu, tmp_path)}
     assert list(parts) == list(gpu_suite.TURNS)
     for part in parts.values():
         assert part.environment["PYTHONPATH"].startswith(str(gpu_suite.ROOT / ".links"))
