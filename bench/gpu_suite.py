@@ -100,17 +100,17 @@ def checks(gpu: bool, base: dict[str, str]) -> list[Part]:
 
 def picture(out: Path, outcomes: Sequence[Outcome]) -> str:
     """The roofline of all kernels that were timed; what became of it, in words."""
-    from bench import micro, timing
-    from bench.ceilings import Ceilings
-
     results = [outcome.result for outcome in outcomes if isinstance(outcome.result, dict) and "rows" in outcome.result]
     if not results:
         return "no plot: no kernel was timed"
-    limits = Ceilings.read(results[0]["ceilings"])
     try:
+        from bench import micro, timing
+        from bench.ceilings import Ceilings
+
+        limits = Ceilings.read(results[0]["ceilings"])
         return timing.roofline(micro.points(micro.merged(results)), limits, out / "roofline.png")
-    except Exception as error:  # a picture is worth no measurement
-        return f"no plot: {timing.one_line(error)}"
+    except Exception as error:  # the table that follows is worth more than a picture
+        return f"no plot: {error!r}"
 
 
 def conclude(outcomes: Sequence[Outcome], about: dict[str, Any], out: Path) -> int:

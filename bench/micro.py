@@ -176,12 +176,13 @@ HEAD = ("kernel", "dims", "us", "+-%", "GB/s", "%copy", "TFLOP/s", "%mm", "bound
 
 
 def cells(row: Row, ceilings: Ceilings) -> list[str]:
-    """One line of the table. Ratios above 1: our kernel is faster. Without a kernel's time, the figures are plain's."""
-    ours = "kernel" if "kernel" in row.seconds else "plain"
-    took = row.seconds.get(ours)
-    name = row.kernel if ours == "kernel" else f"{row.kernel} ({row.state})"
-    if took is None:
+    """One line of the table. Ratios above 1: our kernel is faster. Without a kernel's time, the figures are plain's,
+    else those of `torch.compile`."""
+    ours = next((name for name in ("kernel", "plain", "compile") if name in row.seconds), "")
+    name = row.kernel if ours == "kernel" else f"{row.kernel} ({row.state if row.state != 'ok' else ours or 'no time'})"
+    if not ours:
         return [name, row.dims, *["-"] * (len(HEAD) - 2)]
+    took = row.seconds[ours]
 
     def ratio(other: str | None) -> str:
         return f"{row.seconds[other] / took:.2f}" if other in row.seconds and ours == "kernel" else "-"
