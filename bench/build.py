@@ -6,6 +6,7 @@ quietly run on a twin.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,11 @@ PROBE = "import liverelay.engine._C as module; print(module.__file__)"
 
 def built() -> Path | None:
     """The module as a new process finds it; None where it cannot be imported, or is that of another checkout."""
-    done = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, check=False)
+    path = os.pathsep.join(filter(None, [str(ROOT / ".links"), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
     found = Path(done.stdout.strip()).resolve()
     return found if done.returncode == 0 and found.parent == ROOT / "engine" else None
 

@@ -59,19 +59,20 @@ def parse(line: str) -> Sample | None:
 def sampler(device: torch.device) -> Sampler:
     """The one of a GPU, started at the first call."""
     found = Sampler()
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    ask = _through_nvml(uuid)
-    target: Callable[[], None] = (lambda: _poll(found, ask)) if ask else (lambda: _listen(found, uuid))
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # PyTorch may number GPUs otherwise
+    name = f"GPU-{uuid}" if uuid else str(device.index or 0)
+    ask = _through_nvml(name)
+    target: Callable[[], None] = (lambda: _poll(found, ask)) if ask else (lambda: _listen(found, name))
     threading.Thread(target=target, name="clocks", daemon=True).start()
     return found
 
 
-def _through_nvml(uuid: str) -> Callable[[], Sample] | None:
+def _through_nvml(name: str) -> Callable[[], Sample] | None:
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(name)
 
         def ask() -> Sample:
             return (
@@ -93,8 +94,8 @@ def _poll(found: Sampler, ask: Callable[[], Sample]) -> None:
         time.sleep(EVERY_S)
 
 
-def _listen(found: Sampler, uuid: str) -> None:
-    command = [*SMI, f"--id={uuid}", f"--loop-ms={round(1e3 * EVERY_S)}"]
+def _listen(found: Sampler, name: str) -> None:
+    command = [*SMI, f"--id={name}", f"--loop-ms={round(1e3 * EVERY_S)}"]
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     except OSError:

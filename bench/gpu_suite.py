@@ -23,7 +23,7 @@ from bench.suite_tests import SHARE, families
 # Of each part: its turn, and its share of the time: the seconds that it is expected to take at full size.
 TURNS = {
     "build": (0, 120.0), "kernels": (0, 120.0), "tests": (0, 120.0), "ceilings": (1, 12.0), "attention": (2, 40.0),
-    "line": (3, 65.0), "vae": (4, 12.0), "products": (5, 12.0), "opening": (6, 45.0), "stage-all": (7, 25.0),
+    "line": (3, 90.0), "vae": (4, 12.0), "products": (5, 12.0), "opening": (6, 50.0), "stage-all": (7, 25.0),
     "loop": (8, 40.0), "micro": (9, 35.0), "line-bf16": (10, 25.0), "stage-bf16": (11, 20.0),
     "line-products": (12, 25.0), "stage-products": (13, 20.0), "compile": (14, 60.0),
     "compile-stage": (15, 35.0),
@@ -44,7 +44,7 @@ def suite(preset: str, gpu: bool, work: Path) -> list[Part]:
     sized = ["--preset", preset, *device]
     stage = [*sized, "--compile-seconds", "0", "--seconds", "1.2" if gpu else "0.1"]
     stage += ["--backends", "fastest"] if gpu else []
-    line = [*sized, *([] if gpu else ["--seconds", "0.05", "--blocks", "2"])]
+    line = [*sized, *(["--seconds", "1.0", "--blocks", "8"] if gpu else ["--seconds", "0.05", "--blocks", "2"])]
     micro = ["--dims", "production" if gpu else "small", *device, "--seconds", "0.15" if gpu else "0.02"]
     ours = [*micro, "--contenders", "kernel,plain,library"]
 
