@@ -212,7 +212,8 @@ class Keeper:
 def run_parts(
     parts: Sequence[Part], out: Path, work: Path, seconds: float, about: dict[str, Any]
 ) -> list[Outcome]:
-    """Turn after turn; what a turn leaves of its time goes to the later ones. work: a folder for logs."""
+    """Turn after turn; what a turn leaves of its time goes to the later ones. work: a folder for logs. The outcomes are in
+    the order of the parts, those of suite.json in that of their ends."""
     end, keeper = time.monotonic() + seconds, Keeper(out, about)
     turns = sorted({part.turn for part in parts})
     for turn in turns:
@@ -222,7 +223,8 @@ def run_parts(
         box = max(1.0, (end - time.monotonic()) * weight / (weight + later))
         print(f"{', '.join(part.name for part in now)}: at most {box:.0f} s", flush=True)
         run_turn([Running(part, work, time.monotonic() + box) for part in now], keeper)
-    return keeper.outcomes
+    order = [part.name for part in parts]
+    return sorted(keeper.outcomes, key=lambda outcome: order.index(outcome.name))
 
 
 def run_turn(running: list[Running], keeper: Keeper) -> None:

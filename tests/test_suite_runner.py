@@ -136,7 +136,8 @@ def test_a_task_knows_how_long_it_has(tmp_path: Path) -> None:
 
 def test_lost_graphs_make_a_part_fail(tmp_path: Path) -> None:
     warns = python(f"import logging; logging.getLogger('x').warning('cuda:0: {LOST_GRAPHS}: why')")
-    measured, tested = run(tmp_path, Part("measures", tasks(warns)), Part("tests", tasks(warns), tests=True))
+    late = python("import time; time.sleep(1); " + warns[2])
+    measured, tested = run(tmp_path, Part("measures", tasks(late)), Part("tests", tasks(warns), tests=True))
     assert measured.state == "failed" and "FAULT" in measured.headline and tested.state == "passed"
 
 
