@@ -66,7 +66,7 @@ def page(suite: Mapping[str, Any], name: str, docs: Path) -> str:
     """The page; draws the picture beside it where the suite has microbenchmarks."""
     found, machine = [part for part in suite["parts"] if isinstance(part.get("result"), dict)], suite["machine"]
     lines = [
-        f"# {machine['gpu']}", "",
+        f"# {machine.get('gpu') or machine['cpu']}", "",
         f"Made by `python -m bench.report bench/results/{name}.json` from results of `python -m bench.gpu_suite`:",
         f"torch {machine['torch']}, triton {machine['triton']}, the 14B model with random weights at 704x384. Columns:",
         "[bench/README.md](../bench/README.md).", "",

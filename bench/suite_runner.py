@@ -212,8 +212,10 @@ class Keeper:
 def run_parts(
     parts: Sequence[Part], out: Path, work: Path, seconds: float, about: dict[str, Any]
 ) -> list[Outcome]:
-    """Turn after turn; what a turn leaves of its time goes to the later ones. work: a folder for logs. The outcomes are in
-    the order of the parts, those of suite.json in that of their ends."""
+    """Turn after turn; what a turn leaves of its time goes to the later ones. work: a folder for logs.
+
+    The outcomes are in the order of the parts, those of suite.json in that of their ends.
+    """
     end, keeper = time.monotonic() + seconds, Keeper(out, about)
     turns = sorted({part.turn for part in parts})
     for turn in turns:
