@@ -43,8 +43,9 @@ def suite(preset: str, gpu: bool, work: Path) -> list[Part]:
     device = [] if gpu else ["--device", "cpu"]
     sized = ["--preset", preset, *device]
     stage = [*sized, "--compile-seconds", "0", "--seconds", "1.2" if gpu else "0.1"]
-    # The first of two backends is what the other's output is held against; plain FP8 attention takes seconds for a step.
+    # The first of two backends is what the other's output is held against; plain FP8 attention takes seconds a step.
     torch, triton = (["--backends", f"{name},fastest"] if gpu else [] for name in ("torch", "triton"))
+    compiles = ["--backends", "fastest", "--compile-seconds", "30"] if gpu else []
     line = [*sized, *(["--seconds", "1.0", "--blocks", "8"] if gpu else ["--seconds", "0.05", "--blocks", "2"])]
     micro = ["--dims", "production" if gpu else "small", *device, "--seconds", "0.15" if gpu else "0.02"]
     ours = [*micro, "--contenders", "kernel,plain,library"]
@@ -70,7 +71,7 @@ def suite(preset: str, gpu: bool, work: Path) -> list[Part]:
         part("line-products", "line_14b", *line, "--fp8", "products", "--parts", "stage,line"),
         part("stage-products", "stage_14b", *stage, *torch, "--fp8", "products"),
         part("compile", "micro", *micro, "--contenders", "compile"),
-        part("compile-stage", "stage_14b", *stage, *(["--backends", "fastest", "--compile-seconds", "30"] if gpu else [])),
+        part("compile-stage", "stage_14b", *stage, *compiles),
     ]
 
 
