@@ -36,7 +36,8 @@ def section(part: Mapping[str, Any]) -> Iterator[str]:
     result = part["result"]
     words = PRECISIONS.get(result.get("fp8", ""), "")
     if "parts" in result:
-        yield from ["", f"## {part.get('title') or f'Stages and line, {words}'}", ""]
+        what = "Three stages joined by memory and by NCCL" if list(result["parts"]) == ["loop"] else "Stages and line"
+        yield from ["", f"## {part.get('title') or f'{what}, {words}'}", ""]
         yield from fenced(line_14b.report(result))
     elif "backends" in result:
         yield from ["", f"## Block-step, full ring, {words}", "", limits(result).text + ".", ""]
