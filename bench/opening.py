@@ -34,14 +34,15 @@ from bench.timing import one_line  # noqa: E402
 from liverelay.engine import Engine, make_checkpoint  # noqa: E402
 from liverelay.engine.config import StreamConfig  # noqa: E402
 from liverelay.engine.devices import fp8_parts  # noqa: E402
+from liverelay.engine.errors import BusyError  # noqa: E402
 from liverelay.engine.loading import Loader  # noqa: E402
 from liverelay.engine.models import text  # noqa: E402
 from liverelay.engine.models.dit import DiT  # noqa: E402
 from liverelay.engine.models.geometry import Geometry  # noqa: E402
-from liverelay.engine.models.sizes import arena_bytes  # noqa: E402
 from liverelay.engine.models.vae import VAE  # noqa: E402
 from liverelay.engine.relay.messages import Block  # noqa: E402
 from liverelay.engine.relay.plan import parse_plan  # noqa: E402
+from liverelay.engine.relay.room import check_room  # noqa: E402
 from liverelay.engine.relay.stage import NOBODY, Stage, set_device  # noqa: E402
 from liverelay.engine.session import Session  # noqa: E402
 
@@ -107,14 +108,12 @@ class Opening:
         return session
 
     def lacks_place(self) -> str:
-        """Why there is no memory for another session; empty where there is."""
-        if self.device.type != "cuda":
-            return ""
-        dit, geometry = self.engine.dit, self.engine.made[0].spec.geometry
-        needed = self.engine.stream.steps * arena_bytes(dit.config, geometry, fp8=dit.fp8_attention)
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return "" if 1.1 * needed < free else f"needs {needed / 2**30:.0f} GiB more, {free / 2**30:.0f} are free"
+        """Why there is no memory for a second session; empty where there is."""
+        try:
+            check_room([stage.room for stage in self.engine.made], {0, 1})
+        except BusyError as refusal:
+            return str(refusal)
+        return ""
 
     def measure(self) -> dict[str, float]:
         """Seconds until `open` has returned, which encodes, until the first frames are there, and between the two."""

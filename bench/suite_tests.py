@@ -6,7 +6,6 @@ which breaks its process spoils no other family, or every n-th test.
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from collections.abc import Iterable
@@ -28,15 +27,15 @@ ALLOWED = re.compile(
 def family(item: Any) -> str:
     """Of a collected test: the module that its kernel's launcher lives in, else the file's own name."""
     spec = getattr(item, "callspec", None) and item.callspec.params.get("spec")
-    return Path(inspect.getfile(spec.launch)).stem if hasattr(spec, "launch") else Path(item.path).stem
+    return str(spec.family) if hasattr(spec, "family") else Path(item.path).stem
 
 
 def families() -> list[str]:
     """All that tests of tests/kernels can be of."""
     from liverelay.kernels.registry import KERNELS
 
-    modules = {Path(inspect.getfile(spec.launch)).stem for spec in KERNELS}
-    return sorted(modules | {path.stem for path in (ROOT / "tests" / "kernels").glob("test_*.py")})
+    files = (ROOT / "tests" / "kernels").glob("test_*.py")
+    return sorted({spec.family for spec in KERNELS} | {path.stem for path in files})
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:

@@ -28,7 +28,6 @@ if INTERPRETED:
     from liverelay.kernels import gluon_interpreter as gi
     from liverelay.kernels import gluon_machine as gm
 
-FAMILY = "attention_gluon"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="on a GPU a fault would hang or pass unseen")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(not (INTERPRETED or HOPPER), reason="the kernel is for sm_90")

@@ -19,8 +19,6 @@ from tests.compare import relative
 from tests.test_fp8 import last_flow
 from tests.test_golden import check_transformer
 
-FAMILY = "model"
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_transformer_on_fused_kernels_equals_the_published_one(

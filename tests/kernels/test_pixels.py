@@ -11,7 +11,6 @@ from liverelay.kernels import pixels, torch_ops, vae_ops
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 CHANNELS_LAST = torch.channels_last
-FAMILY = "pixels"
 
 
 def same(got: Tensor, expected: Tensor) -> bool:

@@ -13,7 +13,6 @@ from torch import Tensor
 from liverelay.kernels.launch import INTERPRETED
 from liverelay.kernels.registry import KERNELS
 from liverelay.kernels.spec import Case, KernelSpec
-from tests.kernels import conftest
 
 ROWS = [
     pytest.param(spec, dims, dtype, id=f"{spec.name}-{name}-{str(dtype).removeprefix('torch.')}")
@@ -85,20 +84,6 @@ def test_costs_and_docstrings_are_there(spec: KernelSpec) -> None:
     for dims in (*spec.small.values(), *spec.production.values()):
         cost = spec.cost(dims, spec.dtypes[-1])
         assert cost.bytes > 0 and cost.flops >= 0
-
-
-def test_families_part_the_tests_of_kernels(request: pytest.FixtureRequest) -> None:
-    """Each test of this folder runs in one family, and each kernel's with its own file's."""
-    here, kept = [item for item in request.session.items if item.path.is_relative_to(conftest.HERE)], []
-    for family in conftest.FAMILIES:
-        left_out = set(conftest.others(here, family))
-        items = [item for item in here if item not in left_out]
-        specs = [item.callspec.params["spec"] for item in items if "spec" in getattr(item, "fixturenames", ())]
-        assert all(Path(inspect.getfile(spec.launch)).stem == family for spec in specs)
-        kept += [item.nodeid for item in items]
-    assert sorted(kept) == sorted(item.nodeid for item in here)
-    with pytest.raises(pytest.UsageError, match="attention_glue; there is: attention, attention_gluon, audio,"):
-        conftest.others(here, "attention_glue")
 
 
 def test_every_jit_function_belongs_to_a_kernel_of_the_registry() -> None:

@@ -33,7 +33,6 @@ from liverelay.kernels.tma import View  # noqa: E402
 if INTERPRETED:
     from liverelay.kernels import gluon_machine as gm
 
-FAMILY = "attention_gluon"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="on a GPU a fault would end the process's context")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 hopper = pytest.mark.skipif(not (INTERPRETED or HOPPER), reason="the kernel is for sm_90")

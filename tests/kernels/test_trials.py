@@ -8,8 +8,6 @@ import torch
 from liverelay.kernels import attention
 from liverelay.kernels.attention_backends import try_out
 
-FAMILY = "attention"
-
 
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("shape", [(70, 150, 2, 64), (33, 16, 1, 32)])
