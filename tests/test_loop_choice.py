@@ -20,7 +20,7 @@ from liverelay.engine.relay import loop as loops
 from liverelay.engine.relay import native_loop
 from liverelay.engine.relay.handoff import LocalLink
 from liverelay.engine.relay.loop import StageLoop
-from liverelay.engine.relay.messages import Block, Done, Event, Failed, Stop
+from liverelay.engine.relay.messages import Block, Done, Event, Failed, Save, Saved, Stop
 from liverelay.engine.relay.native_loop import NativeStageLoop, make_loop, native_fault, runs_native
 from liverelay.engine.relay.pipeline import LocalWorker
 from liverelay.engine.relay.plan import parse_plan
@@ -230,6 +230,54 @@ def test_an_error_costs_one_session_unless_it_costs_the_device(
     assert str(failed.error) == (f"stage fixed has lost cpu: {fault}" if fault else "launch failed")
     worker.put(Stop())
     worker.close(broken=True)
+
+
+@needs_native
+@pytest.mark.parametrize("where", ["run", "take"])
+@pytest.mark.parametrize("fault", ["", "CUDA error: an illegal instruction was encountered"])
+def test_a_device_that_is_lost_under_a_loop_in_cpp_ends_the_line_with_the_name_of_its_stage(
+    monkeypatch: pytest.MonkeyPatch, where: str, fault: str
+) -> None:
+    """Where no Python computes: as the loop waits for the device (run), and as it looks what is done (take)."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("the device: an illegal instruction was encountered")
+
+    monkeypatch.setattr(loops, "device_fault", lambda device: fault)
+    told = list[Any]()
+    link = native_loop.make_local_link(bench.SHAPES, CPU, torch.bfloat16, [CPU], True)
+    stage: Any = bench.FixedStage(0.0)
+    loop: Any = make_loop(0, stage, link, None, told.append, native=True)
+    does_nothing: dict[str, Any] = dict.fromkeys(("run", "take", "end", "cancel"), lambda *_: None)
+    loop._native = SimpleNamespace(**does_nothing | {where: fails})
+    loop.run()
+    (failed,) = told
+    assert failed.serial == -1 and isinstance(failed.error, StageLost if fault else RuntimeError)
+    assert str(failed.error).startswith(f"stage fixed has lost cpu: {fault}" if fault else "the device")
+
+
+@pytest.mark.parametrize("kind", [Failed, Saved])
+def test_whoever_is_told_of_a_stage_that_launches_may_close_it(kind: type[Event]) -> None:
+    def work(block: int) -> None:
+        raise ValueError("no")
+
+    line, closed = Launching(work), threading.Event()
+
+    def take(event: Event) -> None:
+        if isinstance(event, kind):
+            line.loop.put(Stop())
+            line.worker.close(broken=False)
+            closed.set()
+
+    def at_once() -> DeviceEvent:
+        event = DeviceEvent()
+        event.reached.set()
+        return event
+
+    made: Any = line.loop
+    made.emit, made._event, line.stage.save = take, at_once, lambda place: ({}, {})
+    line.loop.put(Save(0, 7)) if kind is Saved else line.ask(0)
+    assert closed.wait(WAIT_S)
 
 
 def test_a_lost_stage_keeps_its_text_on_its_way_to_the_leader() -> None:

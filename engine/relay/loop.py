@@ -61,7 +61,8 @@ class Teller:
             return self._launched[0][1] if self._launched else None
 
     def add(self, event: Any, tell: Callable[[], None]) -> None:
-        """A block was launched; event: recorded behind it on the device."""
+        """A block was launched, or there is something to tell behind those that were. event: recorded behind the block
+        on the device, None where nothing of it is waited for."""
         with self._changed:
             self._launched.append((event, time.monotonic(), tell))
             self._changed.notify_all()
@@ -88,7 +89,8 @@ class Teller:
                     if not self._launched:
                         return
                     event, _, tell = self._launched[0]
-                event.synchronize()
+                if event is not None:
+                    event.synchronize()
                 tell()
                 with self._changed:
                     self._launched.popleft()
@@ -136,8 +138,7 @@ class StageLoop:
             set_device(self.stage.device)
             self._teller.run()
         except BaseException as error:
-            fault = device_fault(self.stage.device)
-            return self._fail(stage_lost(self.stage, fault) if fault else error)
+            return self._fail(error)
         worker.join()
 
     def _work(self) -> None:
@@ -163,7 +164,20 @@ class StageLoop:
 
     def _fail(self, error: BaseException) -> None:
         """The stage is lost, and its line with it."""
-        self.emit(Failed(self.index, -1, error))
+        self.emit(Failed(self.index, -1, self._cause(error)))
+
+    def _cause(self, error: BaseException) -> BaseException:
+        """The error, or StageLost with the stage's name where its GPU is what was lost."""
+        fault = "" if isinstance(error, StageLost) else device_fault(self.stage.device)
+        return stage_lost(self.stage, fault) if fault else error
+
+    def _answer(self, event: Event) -> None:
+        """Tell of something in the thread that tells, behind the blocks that were launched: whoever takes it may close
+        the line, which waits for this one."""
+        if self._teller is None:
+            self.emit(event)
+        else:
+            self._teller.add(None, lambda: self.emit(event))
 
     def _next(self) -> Command:
         self._since = None
@@ -187,7 +201,7 @@ class StageLoop:
                 stage.prepare_sink(place, command.tensors["reference"])
             elif isinstance(command, Save):
                 self._settle(0)
-                self.emit(Saved(self.index, command.serial, *stage.save(place)))
+                self._answer(Saved(self.index, command.serial, *stage.save(place)))
         except Exception as error:
             self._lose_session(command.serial, error)
 
@@ -195,7 +209,7 @@ class StageLoop:
         """What went wrong costs one session; StageLost where it cost the stage its GPU, and so every session."""
         if fault := device_fault(self.stage.device):
             raise stage_lost(self.stage, fault) from error
-        self.emit(Failed(self.index, serial, error))
+        self._answer(Failed(self.index, serial, error))
 
     def _block(self, command: Block) -> None:
         asked = time.perf_counter()
@@ -230,7 +244,7 @@ class StageLoop:
         answers: list[Callable[[], Event]] = []
 
         def keep(step: int, latent: Tensor) -> None:
-            self.emit(Stepped(self.index, serial, block, step, latent.clone()))
+            self._answer(Stepped(self.index, serial, block, step, latent.clone()))
 
         stage.denoise(command.place, command, keep if command.keep else None)
         if stage.last_step and block == 0:

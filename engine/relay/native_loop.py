@@ -170,10 +170,10 @@ class NativeStageLoop(StageLoop):
                 self._take(told)
         except BaseException as error:  # of whoever takes the answers, or of the device; the links' end ends the thread
             self._native.cancel()
-            return self._tell(Failed(self.index, -1, error))
+            return self._tell(Failed(self.index, -1, self._cause(error)))
         thread.join()
         if self._fault is not None:
-            self._tell(Failed(self.index, -1, self._fault))
+            self._tell(Failed(self.index, -1, self._cause(self._fault)))
 
     def _work(self) -> None:
         """The thread of the jobs; device and inference mode are a thread's own."""
