@@ -224,11 +224,13 @@ class DiT:
 
         Ring slot and fill level, and whether the sink moves. Our kernels read all three on the device; with an arena
         in FP8 nothing else looks at them. In the working dtype values are projected straight into the ring slot, and
-        a library may attend to the arena, so slot and fill level stay.
+        a library may attend to the arena, so slot and fill level stay; as they do where no kernel of ours was right,
+        and plain PyTorch attends to an arena in FP8.
         """
         if self.ops.qk_norm_rope is torch_ops.qk_norm_rope:
             return place.row, place.valid, int(place.moved)
-        return () if self.fp8_attention else (place.row, place.valid)
+        reads_device = self.fp8_attention and self.attention_fp8 is not torch_ops.attention
+        return () if reads_device else (place.row, place.valid)
 
     def compute_block(
         self, ws: Workspace, arena: Arena, tables: TimestepTables, latent: Tensor,

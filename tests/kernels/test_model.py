@@ -13,6 +13,7 @@ from liverelay.engine.checkpoint import find_checkpoint
 from liverelay.engine.golden import GoldenOptions, run
 from liverelay.engine.models.dit import DiT
 from liverelay.engine.models.workspace import Workspace
+from liverelay.kernels import torch_ops
 from liverelay.kernels.contract import Place
 from tests import regression
 from tests.compare import relative
@@ -67,6 +68,17 @@ def test_launches_with_an_fp8_arena_take_no_size_from_the_host(
 
     dit.fill_block = misled  # type: ignore[method-assign]
     assert torch.equal(last_flow(dit, torch.Generator().manual_seed(seed), blocks=2), right)
+
+
+def test_plain_attention_over_an_fp8_arena_has_a_graph_for_each_fill_level(
+    checkpoint: Path, device: torch.device
+) -> None:
+    """It takes the valid rows from the host: a graph of one fill level would be wrong at all others."""
+    source, config = find_checkpoint(checkpoint).open_dit()
+    dit = DiT.load(source, config, device=device, dtype=torch.bfloat16, backend="triton", fp8_attention=True)
+    dit.attention_fp8 = torch_ops.attention  # where all of our kernels had a fault
+    one, other = (dit.variant(Place(7, valid, False, torch.zeros(3, dtype=torch.int32))) for valid in (9, 12))
+    assert one != other
 
 
 def test_long_positions_on_fused_kernels(tmp_path: Path, device: torch.device) -> None:
