@@ -110,7 +110,7 @@ class Opening:
     def lacks_place(self) -> str:
         """Why there is no memory for a second session; empty where there is."""
         try:
-            check_room([stage.room for stage in self.engine.made], {0, 1})
+            check_room([stage.room for stage in self.engine.made], {0}, 1)
         except BusyError as refusal:
             return str(refusal)
         return ""

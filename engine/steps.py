@@ -44,9 +44,8 @@ class StageSet:
         with self.lock:
             if not self._free:
                 raise BusyError("no session can be opened: all places are taken; close a session")
-            if self._free[-1] not in self._used:
-                check_room([stage.room for stage in self.stages], {*self._used, self._free[-1]})
-                self._used.add(self._free[-1])
+            check_room([stage.room for stage in self.stages], self._used, self._free[-1])
+            self._used.add(self._free[-1])
             return self._free.pop()
 
     def give_back(self, place: int) -> None:

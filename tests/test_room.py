@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,15 @@ from liverelay.engine.relay.group import Ready
 from liverelay.engine.relay.pipeline import local_pipeline
 from liverelay.engine.relay.plan import parse_plan
 from liverelay.engine.relay.ranks import Leader
-from liverelay.engine.relay.room import GIB, Room, available_host_bytes, check_room, refused_when_full
+from liverelay.engine.relay.room import (
+    GIB,
+    SPARE_BYTES,
+    Room,
+    available_host_bytes,
+    check_room,
+    free_bytes,
+    refused_when_full,
+)
 from liverelay.engine.relay.stage import LineSpec, Place, Stage
 
 CPU = "cpu"
@@ -81,6 +90,67 @@ def test_as_many_sessions_are_let_in_as_fit(checkpoint: Path, rng: torch.Generat
     assert all(len(stage.places) <= free for stage in both)
 
 
+def test_a_place_that_could_not_be_allocated_is_asked_for_anew(
+    checkpoint: Path, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others took the memory between the question and the allocation, and have it for a while."""
+    both, free = make_stages(checkpoint, "0+1,2+3+vae"), [1 << 40]
+    monkeypatch.setattr(stages, "free_bytes", lambda device: free[0])
+    line = local_pipeline(parse_plan("0+1,2+3+vae", [CPU, CPU]), both[0].spec, both, places=2)
+    make_place, tensors = stages.Place, given(both[0], rng)
+
+    def none_left(stage: Stage) -> Place:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(stages, "Place", none_left)
+    serial, deadline = line.open(tensors), time.monotonic() + 60
+    while line._clients[serial].error is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert isinstance(line._clients[serial].error, torch.OutOfMemoryError)
+    line.close_session(serial)
+    monkeypatch.setattr(stages, "Place", make_place)
+    free[0] = 0
+    with pytest.raises(BusyError, match="GiB are free"):
+        line.open(tensors)
+    free[0] = 1 << 40
+    serial = line.open(tensors)
+    assert set(line.save(serial).result(timeout=60)) == {0, 1}  # its memory is there by now
+    line.close_session(serial)
+    free[0] = 0
+    line.open(tensors)  # in the memory that the place has
+    line.close()
+
+
+def test_who_cannot_be_asked_for_its_room_leaves_no_session_behind(checkpoint: Path, rng: torch.Generator,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    def lost(device: torch.device) -> int:
+        raise RuntimeError("CUDA error: an illegal instruction was encountered")
+
+    (only,) = make_stages(checkpoint, "0+1+2+3+vae")
+    line = local_pipeline(parse_plan("0+1+2+3+vae", [CPU]), only.spec, [only])
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "free_bytes", lost)
+        with pytest.raises(RuntimeError, match="illegal instruction"):
+            line.open(given(only, rng))
+    line.open(given(only, rng))
+    line.close()
+
+
+def test_memory_of_cuda_graphs_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 1)
+
+    def segment(at: int, pool: tuple[int, int], held: int, used: int) -> dict[str, Any]:
+        return {"device": at, "segment_pool_id": pool, "total_size": held * GIB, "allocated_size": used * GIB}
+
+    segments = [segment(1, (0, 0), 9, 5), segment(1, (0, 3), 4, 1), segment(0, (0, 4), 7, 0)]
+    for name, value in (
+        ("mem_get_info", (10 * GIB, 80 * GIB)), ("memory_reserved", 13 * GIB), ("memory_allocated", 6 * GIB)
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert free_bytes(device) == (10 + 4) * GIB - SPARE_BYTES
+
+
 def test_a_session_driven_from_outside_is_refused_as_well(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for library in ("transformers", "ftfy", "PIL"):
         pytest.importorskip(library)
@@ -126,7 +196,9 @@ def test_a_gpu_whose_memory_is_full_refuses_who_comes_and_says_what_helps() -> N
 
 
 def check(rooms: list[Room], places: set[int]) -> None:
-    check_room([lambda room=room: room for room in rooms], places)  # type: ignore[misc]
+    """The last of the places is the one that a session is asked for."""
+    last = max(places)
+    check_room([lambda room=room: room for room in rooms], places - {last}, last)  # type: ignore[misc]
 
 
 def test_devices_are_counted_apart_and_unknown_memory_refuses_nobody() -> None:

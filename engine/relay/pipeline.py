@@ -170,10 +170,11 @@ class Pipeline:
             except ValueError as error:
                 raise BusyError(f"no session can be opened: {error}") from None
             try:
-                self._check_room(self._free[-1])
-            except BusyError:
+                check_room([worker.room for worker in self.workers], self._used, self._free[-1])
+            except BaseException:
                 self._turns.close(serial)
                 raise
+            self._used.add(self._free[-1])
             client = self._clients[serial] = Client(self._free.pop(), serial, reference=reference)
             names = (client.place, serial)
             if state is None:
@@ -181,12 +182,6 @@ class Pipeline:
             else:
                 self._tell(Load(*names, tensors | state[0], state[1]))
             return serial
-
-    def _check_room(self, place: int) -> None:
-        """BusyError unless the place has its memory, or fits in beside those that were given out."""
-        if place not in self._used:
-            check_room([worker.room for worker in self.workers], {*self._used, place})
-            self._used.add(place)
 
     def abandon(self, serial: int) -> None:
         """As `close_session`, some time later; may be called by the garbage collector, in the middle of anything."""
