@@ -120,9 +120,10 @@ def check_here(spec: KernelSpec, dims: str, device: torch.device, only: str | No
 
 
 def check_isolated(spec: KernelSpec, plan: Checks) -> dict[str, str]:
-    """Faults by size, '' for none, each from a process that no other size has broken."""
+    """Faults by size, '' for none, each from a process that no other size has broken. What there is no time for is left
+    out."""
     left, faults = [name for name, _ in checked(spec, plan.dims)], dict[str, str]()
-    while left:
+    while left and plan.left() > 0:
         verdicts, ended = _check_process(spec, plan, left)
         faults |= {name: verdicts[name] for name in left if name in verdicts}
         left = [name for name in left if name not in verdicts]

@@ -12,9 +12,9 @@ import dataclasses
 import importlib.util
 import json
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -173,12 +173,12 @@ def measure_gaps(opening: Opening) -> dict[str, Any]:
         for _ in range(WARM):
             next(blocks)
             alone.append(time.perf_counter())
-        other = threading.Thread(target=opening.measure)
-        times.append(time.perf_counter())
-        other.start()
-        for _ in _while(other, blocks):
+        with ThreadPoolExecutor(1) as pool:
             times.append(time.perf_counter())
-        other.join()
+            other = pool.submit(opening.measure)
+            for _ in _while(other, blocks):
+                times.append(time.perf_counter())
+        other.result()  # raises what went wrong
     beside, before = _gaps(times), _gaps(alone[WARM // 2 :])
     return {
         "alone_median_s": median(before), "beside_median_s": median(beside), "beside_max_s": max(beside),
@@ -186,11 +186,11 @@ def measure_gaps(opening: Opening) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _while(thread: threading.Thread, blocks: Iterator[Any]) -> Iterator[Any]:
-    """At least one block, and those that come as long as the thread runs."""
+def _while(other: Future[Any], blocks: Iterator[Any]) -> Iterator[Any]:
+    """At least one block, and those that come as long as the other work runs."""
     for block in blocks:
         yield block
-        if not thread.is_alive():
+        if other.done():
             return
 
 

@@ -212,7 +212,7 @@ class Engine:
         geometry = self._geometry(latent_h, latent_w)
         found = self._lines.pop(geometry, None)
         if found is None or found.error is not None:
-            for device in self._dits:
+            for device in {*self._dits, *self._vaes}:
                 if fault := device_fault(torch.device(device)):
                     raise StageLost(f"{device} was lost: {fault}; start the program again")
             self._make_room()

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -351,6 +352,22 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path: Path, monkeypatch: 
         opening.run(Broken(), result, tmp_path / "opening.json")  # type: ignore[arg-type]
     kept: Any = read(tmp_path / "opening.json")
     assert kept["opening"]["warm"] == {"open_s": 1.0} and "cold, warm" in kept["headline"]
+
+
+def test_a_second_session_that_cannot_be_opened_is_a_fault_of_the_measurement() -> None:
+    class Session:
+        def __enter__(self) -> Any:
+            return SimpleNamespace(frames=lambda: iter(range(30)))
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    def refused() -> None:
+        raise RuntimeError("no session can be opened")
+
+    alone: Any = SimpleNamespace(lacks_place=str, open=Session, measure=refused)
+    with pytest.raises(RuntimeError, match="no session can be opened"):
+        opening.measure_gaps(alone)
 
 
 # -- all of it ---------------------------------------------------------------------------------------------------------

@@ -104,6 +104,11 @@ def test_a_check_in_a_process_of_its_own_tells_of_every_size() -> None:
     assert "ended with 1" in kernel_check.check_isolated(missing, isolated)["one"]
 
 
+def test_sizes_that_there_is_no_time_to_check_are_not_red_one_by_one() -> None:
+    late = dataclasses.replace(plan(dims="small", isolate=True), deadline=time.monotonic() - 1)
+    assert kernel_check.check_isolated(GELU, late) == {}
+
+
 def test_rows_of_several_runs_are_one_table() -> None:
     one, other = (micro.Row("k", "d", "bfloat16", bytes=1.0) for _ in range(2))
     one.seconds, other.seconds, other.notes = {"kernel": 1.0}, {"compile": 2.0}, {"compile": "late"}

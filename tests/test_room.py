@@ -121,8 +121,9 @@ def test_a_place_that_could_not_be_allocated_is_asked_for_anew(
     line.close()
 
 
-def test_who_cannot_be_asked_for_its_room_leaves_no_session_behind(checkpoint: Path, rng: torch.Generator,
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_who_cannot_be_asked_for_its_room_leaves_no_session_behind(
+    checkpoint: Path, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def lost(device: torch.device) -> int:
         raise RuntimeError("CUDA error: an illegal instruction was encountered")
 
