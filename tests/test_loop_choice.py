@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from liverelay.engine.engine import Engine
 from liverelay.engine.errors import StageLost
 from liverelay.engine.relay import loop as loops
 from liverelay.engine.relay import native_loop
-from liverelay.engine.relay.handoff import LocalLink
+from liverelay.engine.relay.handoff import LocalLink, Parcel
 from liverelay.engine.relay.loop import StageLoop
 from liverelay.engine.relay.messages import Block, Done, Event, Failed, Save, Saved, Stop
 from liverelay.engine.relay.native_loop import NativeStageLoop, make_loop, native_fault, runs_native
@@ -56,6 +57,31 @@ def test_stages_on_a_gpu_run_in_cpp_where_that_can_be(monkeypatch: pytest.Monkey
 def test_without_the_compiled_module_a_gpu_has_the_loop_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "liverelay.engine._C", None)
     assert "was not built" in native_fault(GPU) and not runs_native(GPU)
+
+
+@needs_native
+def test_a_link_in_cpp_is_used_on_its_own_gpu_whatever_the_thread_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the leader, whose thread is on the first GPU: every GPU's default stream has the number 0."""
+    current, seen = [0], list[tuple[str, int]]()
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    def noted(name: str) -> Callable[..., int]:
+        return lambda *_: seen.append((name, current[0])) or 0  # type: ignore[func-returns-value]
+
+    link: Any = native_loop.NativeLink(bench.SHAPES, CPU, torch.bfloat16)
+    names = ("take_free", "give_full", "take_full", "give_free")
+    link.device, link.native = torch.device("cuda", 1), SimpleNamespace(**{name: noted(name) for name in names})
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    parcel = Parcel(bench.SHAPES, CPU, torch.bfloat16)
+    link.send(parcel)
+    link.receive(parcel)
+    assert seen == [(name, 1) for name in names] and current == [0]
 
 
 # -- a rank that ends early --------------------------------------------------------------------------------------------

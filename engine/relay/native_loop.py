@@ -9,6 +9,7 @@ are called. What a stage computes is called, but for blocks whose graphs are all
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -88,14 +89,16 @@ class NativeLink(LocalLink):
         self.native: StageLink = module.StageLink(buffers, flat.nbytes, index)
 
     def receive(self, into: Parcel) -> None:
-        buffer = self._checked(self.native.take_full(self._stream()))
-        into.fill(self.parcels[buffer].parts)
-        self.native.give_free(buffer, self._stream())
+        with self._on_device():
+            buffer = self._checked(self.native.take_full(self._stream()))
+            into.fill(self.parcels[buffer].parts)
+            self.native.give_free(buffer, self._stream())
 
     def send(self, parcel: Parcel) -> None:
-        buffer = self._checked(self.native.take_free(self._stream()))
-        self.parcels[buffer].fill(parcel.parts)
-        self.native.give_full(buffer, self._stream())
+        with self._on_device():
+            buffer = self._checked(self.native.take_free(self._stream()))
+            self.parcels[buffer].fill(parcel.parts)
+            self.native.give_full(buffer, self._stream())
 
     def close(self) -> None:
         self.native.close()
@@ -108,6 +111,10 @@ class NativeLink(LocalLink):
         start, names = buffer.flat.data_ptr(), (buffer if sends else own).parts
         return [(buffer.parts[name].data_ptr() - start, own.parts[name].data_ptr(), own.parts[name].nbytes)
                 for name in names]  # fmt: skip
+
+    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+        """The leader's thread may be on another GPU, where the number of the default stream, 0, is that one's own."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def _stream(self) -> int:
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
