@@ -32,7 +32,6 @@ from bench.random_model import Model, counters, launches, tidy  # noqa: E402
 from bench.stage_14b import PRESETS, ms  # noqa: E402
 from bench.timing import one_line, table  # noqa: E402
 from liverelay.engine.relay.graph import Graphs  # noqa: E402
-from liverelay.engine.relay.handoff import LocalLink  # noqa: E402
 from liverelay.engine.relay.messages import Event  # noqa: E402
 from liverelay.engine.relay.pipeline import MakeLink, local_pipeline  # noqa: E402
 from liverelay.engine.relay.plan import StagePlan, parse_plan  # noqa: E402
@@ -103,9 +102,10 @@ def stage_report(result: dict[str, Any]) -> str:
 
 
 class Watched:
-    """A line of stages in this process, and the figures of the session that runs on it."""
+    """A line of stages in this process, and the figures of the session that runs on it. link: None for the engine's
+    own choice."""
 
-    def __init__(self, model: Model, plan: str, stages: Sequence[Stage] = (), link: MakeLink = LocalLink) -> None:
+    def __init__(self, model: Model, plan: str, stages: Sequence[Stage] = (), link: MakeLink | None = None) -> None:
         self.model, self.plan = model, parse_plan(plan, [str(model.device)] * (plan.count(",") + 1))
         self.stages = list(stages) or [model.stage(part) for part in self.plan.stages]
         self.telemetry: Telemetry | None = None
@@ -229,8 +229,8 @@ def measure_loop(model: Model, blocks: int) -> dict[str, Any]:
     if lack := model.lacks(2):
         return {"skipped": lack}
     result, frames, stages = dict[str, Any](), list[list[Any]](), list[Stage]()
-    other = self_loop if model.device.type == "cuda" else LocalLink
-    for name, link in (("warm-up", LocalLink), ("memory", LocalLink), ("NCCL to itself", other)):
+    other = self_loop if model.device.type == "cuda" else None
+    for name, link in (("warm-up", None), ("memory", None), ("NCCL to itself", other)):
         watched = Watched(model, "0+1,2+3,vae", stages, link)
         stages = watched.stages
         try:
