@@ -39,6 +39,7 @@ def suite(preset: str, gpu: bool, work: Path) -> list[Part]:
     """
     base = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / ".links"), os.environ.get("PYTHONPATH")]))}
     base |= {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE", "LIVERELAY_CEILINGS": str(work / "ceilings.json")}
+    base |= dict.fromkeys(("LIVERELAY_CACHE", "LIVERELAY_TEST_CACHE"), str(work / "cache"))  # attentions are tried once
     base |= {} if gpu else {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     device = [] if gpu else ["--device", "cpu"]
     sized = ["--preset", preset, *device]

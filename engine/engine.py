@@ -215,6 +215,8 @@ class Engine:
             for device in {*self._dits, *self._vaes}:
                 if fault := device_fault(torch.device(device)):
                     raise StageLost(f"{device} was lost: {fault}; start the program again")
+            if found is not None:
+                found.close()  # its other stages still hold their memory
             self._make_room()
             self._choose_attention(geometry)
             found = self._make_line(geometry)

@@ -27,8 +27,12 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The suite and the processes that it starts neither fill nor read the user's own cache folder."""
-    folder = tmp_path_factory.mktemp("cache") / "liverelay"
+    """The tests and the processes that they start neither fill nor read the user's own cache folder.
+
+    LIVERELAY_TEST_CACHE names one that several processes with tests share, so that each finds what another has tried.
+    """
+    given = os.environ.get("LIVERELAY_TEST_CACHE")
+    folder = Path(given) if given else tmp_path_factory.mktemp("cache") / "liverelay"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIVERELAY_CACHE", str(folder))
         yield folder
