@@ -19,10 +19,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from liverelay.engine.errors import InputError, MissingExtraError, OutputError
-from liverelay.kernels.vae_ops import bytes_to_nv12
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -117,6 +115,10 @@ def part_path(path: Path) -> Path:
 
 def to_nv12(frame: Frames) -> Frames:
     """A picture [H, W, 3], even sides, as NV12 [3/2 H, W], BT.709 limited range: rows of Y, then rows of Cb, Cr."""
+    import torch  # the simulator checks its outputs with this module, and needs no torch
+
+    from liverelay.kernels.vae_ops import bytes_to_nv12
+
     pixels = torch.from_numpy(np.require(frame, requirements=["C", "W"]))  # torch warns of what may not be written
     nv12: Frames = bytes_to_nv12(pixels[None])[0].numpy()
     return nv12
