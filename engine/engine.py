@@ -49,8 +49,9 @@ class Engine:
     """Models of one checkpoint. Sessions take turns; each resolution has one line of stages.
 
     Make one with `Engine.load`, open sessions with `open`. Sessions may be used from several threads; `lock` guards
-    the encoders. sessions: how many may be open at a time in one resolution; memory is taken when a place is first
-    used. admit_by_rate: refuse a live session that the line has no time for. observe: is told every event of a stage.
+    the encoders of pictures and sound. sessions: how many may be open at a time in one resolution; memory is taken when
+    a place is first used. admit_by_rate: refuse a live session that the line has no time for. observe: is told every
+    event of a stage.
     """
 
     def __init__(
@@ -171,8 +172,8 @@ class Engine:
             size = only
         height, width = pick_size(picture.size, size, max_area)
         pixels = prepare_image(picture, (height, width)).to(self.vae.device, self.dit.dtype)
+        text = self.encode_text(prompt)  # without the lock, which running sessions need for their sound
         with self.lock:
-            text = self.encode_text(prompt)
             # The first chunk of the encoder is the single frame, so the reference is the first motion latent.
             motion = self.vae.encode(pixels.unsqueeze(1).expand(-1, self.stream.motion_pixel_frames, -1, -1))
             given = {"text": text, "reference": motion[:, :1].clone(), "motion": motion}
@@ -276,8 +277,7 @@ class Engine:
 
     def encode_text(self, prompt: str) -> Tensor:
         """A prompt's states [n, text_dim] on the host; the 64 prompts used last are kept, also for the next start."""
-        with self.lock:
-            return self._prompts.states(prompt)
+        return self._prompts.states(prompt)
 
 
 def check_keys(*keys: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ def check_home(home: str | None) -> None:
 
 
 class Prompts:
-    """Encodes prompts for one transformer; the 64 used last are kept. Not for several threads at a time.
+    """Encodes prompts for one transformer; the 64 used last are kept. For any thread; one prompt is encoded at a time.
 
     device, dtype: where and in what the encoder computes. home: where its weights are between new prompts, one of
     HOMES; None: in the host's memory if that has room for them twice, else on the disk. say: is told what is loaded.
@@ -54,23 +55,29 @@ class Prompts:
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         self._cache = Cache("prompts", entries=KEPT, nbytes=KEPT_BYTES)
         self._encoder: TextEncoder | None = None
+        self._lock = threading.Lock()
 
     def states(self, prompt: str) -> Tensor:
         """The prompt's states [n, text_dim] on the host, n <= text_len.
 
         Raises CheckpointError where the encoder's file or its tokenizer cannot be used.
         """
-        if prompt not in self._kept:
-            key = self._key(prompt)
-            states = self._restored(self._cache.get(key))
-            if states is None:
-                states = self._encode(prompt)
-                self._cache.put(key, safetensors.torch.save({"states": states}))
-            self._kept[prompt] = states
-        self._kept.move_to_end(prompt)
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        return self._kept[prompt]
+        with self._lock:
+            if prompt not in self._kept:
+                self._kept[prompt] = self._found(prompt)
+            self._kept.move_to_end(prompt)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+            return self._kept[prompt]
+
+    def _found(self, prompt: str) -> Tensor:
+        """From the cache folder, or encoded and put there."""
+        key = self._key(prompt)
+        states = self._restored(self._cache.get(key))
+        if states is None:
+            states = self._encode(prompt)
+            self._cache.put(key, safetensors.torch.save({"states": states}))
+        return states
 
     def _key(self, prompt: str) -> str:
         """Of a prompt in the cache, which no prompt can be read from."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,7 +66,7 @@ def test_states_are_the_encoder_s_wherever_it_lives(
     checkpoint: Path, loads: list[Any], home: str, dtype: torch.dtype
 ) -> None:
     states = make(checkpoint, home=home, dtype=dtype)
-    for prompt in ("A woman talks.", "", "A man ſings — ЖЖ"):
+    for prompt in ("A woman talks.", "", "A man \u017fings — ЖЖ"):
         assert torch.equal(states.states(prompt), exact(checkpoint, prompt, dtype))
     assert loads == ([None] * 3 if home == "disk" else [CPU])
 
@@ -137,3 +139,33 @@ def test_an_engine_is_told_where_its_encoder_lives(checkpoint: Path, loads: list
     engine.close()
     with pytest.raises(InputError, match="cannot live in 'moon'; there is: device, host, disk"):
         Engine.load(checkpoint, device="cpu", text_encoder="moon")
+
+
+def test_a_prompt_that_is_being_encoded_holds_up_no_running_session(
+    checkpoint: Path, numbers: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published prompts take as long as reading 11 GB."""
+    image = numbers.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    sound = numbers.uniform(-0.5, 0.5, 20000).astype(np.float32)
+    engine = Engine.load(checkpoint, device="cpu", dtype=torch.float32)
+    begun, over, shown, encode = threading.Event(), threading.Event(), list[int](), TextEncoder.encode
+
+    def slow(encoder: TextEncoder, prompt: str) -> torch.Tensor:
+        begun.set()
+        assert over.wait(120)
+        return encode(encoder, prompt)
+
+    with engine.open(image, "One.", audio=sound, size=(64, 64)) as session:
+        running = threading.Thread(target=lambda: shown.extend(len(chunk.frames) for chunk in session.frames()))
+        monkeypatch.setattr(TextEncoder, "encode", slow)
+        other = threading.Thread(target=lambda: engine.open(image, "Two.", audio=sound, size=(64, 64)).close())
+        other.start()
+        assert begun.wait(60)
+        running.start()
+        running.join(60)
+        held_up = running.is_alive()
+        over.set()
+        running.join()
+        other.join()
+    engine.close()
+    assert not held_up and sum(shown) > 12
