@@ -141,18 +141,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="of the whole suite (8)")
     parser.add_argument("--only", default="", help=f"parts to run, with commas between, of {', '.join(TURNS)}")
     arguments = parser.parse_args(argv)
+    if not 0 < arguments.minutes < float("inf"):
+        parser.error(f"{arguments.minutes:g} is not a sensible number of minutes")
     seconds, started = 60 * arguments.minutes, time.monotonic()
     chosen = list(filter(None, arguments.only.split(",")))
     if unknown := [name for name in chosen if name not in TURNS]:
         parser.error(f"no part is called '{unknown[0]}'; there is: {', '.join(TURNS)}")
     sys.path.insert(0, str(ROOT / ".links"))  # where liverelay is found without being installed
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended with us
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that what runs is ended with us
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     from bench.timing import machine, pick_device  # brings torch, which --help does not need
 
     device = pick_device(None)
     gpu, out = device.type == "cuda", arguments.out.absolute()
     preset = arguments.preset or ("14b" if gpu else "tiny")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot make the folder {out}: {error.strerror}")
     about = {"preset": preset, "minutes": arguments.minutes, "machine": machine(device)}
     print(f"{about['machine'].get('gpu', 'no GPU: a dry run')}; preset {preset}; results in {out}", flush=True)
     with tempfile.TemporaryDirectory(prefix="liverelay-suite-") as folder:

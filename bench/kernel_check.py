@@ -107,10 +107,12 @@ def check_here(spec: KernelSpec, dims: str, device: torch.device, only: str | No
 
     Ends at a fault that leaves the process of no use: whoever started it goes on with the next size in a new one.
     """
-    names, red = only.split(SEPARATOR) if only else None, False
-    for name, size in checked(spec, dims):
-        if names is not None and name not in names:
-            continue
+    known = dict(checked(spec, dims))
+    names, red = only.split(SEPARATOR) if only else list(known), False
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"{spec.name} has no size '{unknown[0]}'; there is: {', '.join(known)}")
+    for name in names:
+        size = known[name]
         fault = check(spec, name, size, device)
         print(f"{VERDICT}{name}: {fault or 'ok'}", flush=True)
         red |= bool(fault)

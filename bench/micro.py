@@ -299,7 +299,9 @@ def main(argv: list[str] | None = None) -> int:
     if INTERPRETED and device.type == "cuda":
         parser.error("TRITON_INTERPRET=1 is for CPUs: unset it, or give --device cpu")
     if arguments.check:
-        spec = next(spec for spec in KERNELS if spec.name == arguments.check)
+        spec = next((spec for spec in KERNELS if spec.name == arguments.check), None)
+        if spec is None:
+            parser.error(f"no kernel is called '{arguments.check}'")
         return check_here(spec, arguments.dims, device, arguments.sizes)
     isolate = device.type == "cuda" if arguments.isolate is None else arguments.isolate
     deadline = time.monotonic() + arguments.budget

@@ -189,6 +189,8 @@ class Keeper:
         self.out, self.about = out, about
         self.outcomes: list[Outcome] = []
         (out / "suite.log").write_text("")
+        self.save()  # whoever is killed early must not leave the results of an earlier run
+        (out / "roofline.png").unlink(missing_ok=True)
 
     def save(self, running: Sequence[Outcome] = ()) -> None:
         content = self.about | {"parts": [asdict(outcome) for outcome in (*self.outcomes, *running)]}

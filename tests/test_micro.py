@@ -101,7 +101,19 @@ def test_a_check_in_a_process_of_its_own_tells_of_every_size() -> None:
     isolated = plan(dims="small", isolate=True)
     assert set(kernel_check.check_isolated(GELU, isolated)) == set(GELU.small)
     missing = dataclasses.replace(GELU, name="no such kernel", small={"one": {}})
-    assert "ended with 1" in kernel_check.check_isolated(missing, isolated)["one"]
+    assert "no kernel is called 'no such kernel'" in kernel_check.check_isolated(missing, isolated)["one"]
+
+
+@pytest.mark.parametrize(("arguments", "text"), [
+    (["--check", "nonsense"], "no kernel is called 'nonsense'"),
+    (["--check", "gelu", "--sizes", "nonsense"], "gelu has no size 'nonsense'"),
+])  # fmt: skip
+def test_a_check_of_nothing_is_refused(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        micro.main([*arguments, "--device", "cpu"])
+    assert text in capsys.readouterr().err + str(ended.value)
 
 
 def test_sizes_that_there_is_no_time_to_check_are_not_red_one_by_one() -> None:
