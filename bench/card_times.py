@@ -108,7 +108,7 @@ def document(folder: Path = RESULTS) -> str:
         "that of a line less its video. The 14B model at 704x384.",
         '"""', "",
         "from __future__ import annotations", "", "from typing import Any", "",
-        f'NEWEST = "{latest}"  # of which there are the latest results', "CARDS: dict[str, dict[str, Any]] = {",
+        f'NEWEST = "{latest}"  # the card with the latest results', "CARDS: dict[str, dict[str, Any]] = {",
     ]  # fmt: skip
     for card in dates:
         path = newest(card, folder)

@@ -186,7 +186,7 @@ def _notes(a: argparse.Namespace, forecast: Forecast, machine: Machine) -> list[
     source = str(a.times) if a.times else f"of one {model}, measured at {MEASURED_SIZE[0]}x{MEASURED_SIZE[1]}"
     notes.append(f"times {source}: {', '.join(figures)}")
     if not times.encode_ms:
-        notes.append("encoding image and prompt is not counted in the first frame: it has not been measured")
+        notes.append("encoding the picture is not counted in the first frame: it has not been measured")
     models = {device.model for device in machine.devices if device.model}
     if not machine.here:
         notes.append("no such GPUs were looked at: memory and links are assumed")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-NEWEST = "h200"  # of which there are the latest results
+NEWEST = "h200"  # the card with the latest results
 CARDS: dict[str, dict[str, Any]] = {
     "h100": {
         "model": "NVIDIA H100 80GB HBM3",

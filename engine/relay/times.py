@@ -130,7 +130,7 @@ def bundled_times(
         "step_ms": known, "vae_ms": gpu.vae_ms, "prefill_ms": gpu.prefill_ms, "prime_ms": gpu.prime_ms,
         "encode_ms": gpu.encode_ms,
     }  # fmt: skip
-    states = {name: MEASURED if there and size == MEASURED_SIZE else ESTIMATE for name, there in measured.items()}
+    states = {part: MEASURED if found and size == MEASURED_SIZE else ESTIMATE for part, found in measured.items()}
     return StageTimes(
         (whole_ms(attend, others),) * steps, decode * vae_ms, prefill_ms,
         decode * (gpu.prime_ms or other.prime_ms or _prime_ms(vae_ms)), graph * attention * attend / attend_0,
