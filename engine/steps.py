@@ -36,7 +36,7 @@ class StageSet:
 
     def __init__(self, stages: Sequence[Stage], places: int) -> None:
         self.stages, self.lock = stages, threading.Lock()
-        self._used: set[int] = set()
+        self._places = frozenset(range(places))
         self._free = list(range(places))[::-1]  # appended to without the lock, which whoever gives back may hold
 
     def take_place(self) -> int:
@@ -44,9 +44,13 @@ class StageSet:
         with self.lock:
             if not self._free:
                 raise BusyError("no session can be opened: all places are taken; close a session")
-            check_room([stage.room for stage in self.stages], self._used, self._free[-1])
-            self._used.add(self._free[-1])
-            return self._free.pop()
+            place = self._free.pop()
+            try:
+                check_room([stage.room for stage in self.stages], self._places - {place, *self._free}, place)
+            except BaseException:
+                self._free.append(place)
+                raise
+            return place
 
     def give_back(self, place: int) -> None:
         """May be called by the garbage collector, in the middle of anything."""

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from liverelay.engine.relay.room import (
     refused_when_full,
 )
 from liverelay.engine.relay.stage import LineSpec, Place, Stage
+from liverelay.engine.steps import StageSet
 
 CPU = "cpu"
 
@@ -150,6 +152,28 @@ def test_memory_of_cuda_graphs_is_not_free(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     assert free_bytes(device) == (10 + 4) * GIB - SPARE_BYTES
+
+
+@pytest.mark.parametrize("driven", [False, True], ids=["a line", "from outside"])
+def test_a_place_whose_memory_could_not_be_had_is_looked_at_again(
+    checkpoint: Path, rng: torch.Generator, driven: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory may be gone between the look and the allocation; places that have theirs are taken in any case."""
+    (only,) = make_stages(checkpoint, "0+1+2+3+vae")
+    line = local_pipeline(parse_plan("0+1+2+3+vae", [CPU]), only.spec, [only], places=2)
+    tensors, outside, free = given(only, rng), StageSet([only], 2), [2 * only.place_bytes]
+    monkeypatch.setattr(stages, "free_bytes", lambda device: free[0])
+    made, no_memory = {0: Place(only)}, torch.OutOfMemoryError("out of memory")
+    monkeypatch.setattr(stages, "Place", mock.Mock(side_effect=no_memory))
+    take, give_back = (outside.take_place, outside.give_back) if driven else (
+        lambda: line.open(tensors), line.close_session)  # fmt: skip
+    give_back(take())
+    free[0] = 0
+    with pytest.raises(BusyError, match="GiB are free"):
+        take()
+    only.places = made
+    take()
+    line.close()
 
 
 def test_a_session_driven_from_outside_is_refused_as_well(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,6 @@ class Pipeline:
         self._lock = threading.RLock()
         self._clients: dict[int, Client] = {}
         self._free = list(range(places))[::-1]  # the one used last comes first: it has its memory
-        self._used: set[int] = set()  # places that a session was ever given
         self._abandoned: deque[int] = deque()
         _open_lines.add(self)
 
@@ -170,11 +169,11 @@ class Pipeline:
             except ValueError as error:
                 raise BusyError(f"no session can be opened: {error}") from None
             try:
-                check_room([worker.room for worker in self.workers], self._used, self._free[-1])
+                taken = [client.place for client in self._clients.values()]
+                check_room([worker.room for worker in self.workers], taken, self._free[-1])
             except BaseException:
                 self._turns.close(serial)
                 raise
-            self._used.add(self._free[-1])
             client = self._clients[serial] = Client(self._free.pop(), serial, reference=reference)
             names = (client.place, serial)
             if state is None:

@@ -63,12 +63,12 @@ def available_host_bytes() -> int | None:
         return None
 
 
-def check_room(rooms_of: Sequence[Callable[[], Room]], used: Collection[int], place: int) -> None:
-    """BusyError with the numbers where a device cannot hold a session in this place, beside those used before.
+def check_room(rooms_of: Sequence[Callable[[], Room]], taken: Collection[int], place: int) -> None:
+    """BusyError with the numbers where a device cannot hold a session in this place beside those in the taken ones.
 
     rooms_of: asks each stage; several of them may be on one device. What is already allocated is not counted again.
     """
-    places = {*used, place}
+    places = {*taken, place}
     with allocating:
         rooms = [room() for room in rooms_of]
     for device in dict.fromkeys(room.device for room in rooms):
