@@ -20,7 +20,7 @@ Results = list[dict[str, Any]]
 
 
 def results(suite: Mapping[str, Any], kind: str, fp8: str | None = None) -> Results:
-    """Of the parts whose result holds `kind`, and has that in FP8."""
+    """Results of the parts that hold `kind`, with that in FP8."""
     found = [part["result"] for part in suite["parts"] if isinstance(part.get("result"), dict)]
     return [one for one in found if kind in one and fp8 in (None, one.get("fp8"))]
 

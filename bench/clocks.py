@@ -57,7 +57,7 @@ def parse(line: str) -> Sample | None:
 
 @lru_cache(maxsize=8)
 def sampler(device: torch.device) -> Sampler:
-    """The one of a GPU, started at the first call."""
+    """A GPU's sampler, started at the first call."""
     found = Sampler()
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # PyTorch may number GPUs otherwise
     name = f"GPU-{uuid}" if uuid else str(device.index or 0)

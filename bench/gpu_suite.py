@@ -20,7 +20,7 @@ from typing import Any
 from bench.suite_runner import ROOT, Outcome, Part, Task, run_parts
 from bench.suite_tests import SHARE, families
 
-# Of each part: its turn, and its share of the time: the seconds that it is expected to take at full size.
+# Each part's turn, and its share of the time: the seconds that it is expected to take at full size.
 TURNS = {
     "build": (0, 120.0), "kernels": (0, 120.0), "tests": (0, 120.0), "ceilings": (1, 12.0), "attention": (2, 40.0),
     "line": (3, 90.0), "vae": (4, 12.0), "products": (5, 12.0), "opening": (6, 50.0), "stage-all": (7, 25.0),

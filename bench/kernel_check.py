@@ -1,4 +1,4 @@
-"""Whether a kernel is right on this device, one verdict for each size: a fault at one size hides that of no other."""
+"""Whether a kernel is right on this device, one verdict for each size: a fault at one size hides no other."""
 
 from __future__ import annotations
 

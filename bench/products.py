@@ -51,7 +51,7 @@ def make_product(way: str, shape: tuple[int, int, int], device: torch.device) ->
 
 
 def measure(preset: str, device: torch.device, limits: Ceilings, seconds: float) -> dict[str, Any]:
-    """One row a shape and way; a way that this device has not says why."""
+    """One row for each shape and way; a way that this device lacks has a note with the reason."""
     rows, notes = [], dict[str, str]()
     tokens, shapes = PRESETS[preset]
     for m in tokens:
@@ -72,7 +72,7 @@ def measure(preset: str, device: torch.device, limits: Ceilings, seconds: float)
 
 
 def tera(rate: float) -> str:
-    """Of operations a second."""
+    """A rate of operations a second in tera."""
     return f"{rate / 1e12:.0f}" if rate >= 1e14 else f"{rate / 1e12:.3g}"
 
 

@@ -237,7 +237,7 @@ def run_turn(running: list[Running], keeper: Keeper) -> None:
     try:
         while len(over) < len(running):
             for one in running:
-                gone = over | ({one.part.after} - names)  # a part that is not run at all is not waited for
+                gone = over | ({one.part.after} - names)  # nothing waits for a part that is not run
                 if one.part.name not in over and one.poll(gone):
                     over.add(one.part.name)
                     keeper.end(one, one.outcome())

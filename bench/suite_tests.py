@@ -25,7 +25,7 @@ ALLOWED = re.compile(
 
 
 def family(item: Any) -> str:
-    """Of a collected test: the module that its kernel's launcher lives in, else the file's own name."""
+    """A collected test's family: the module of its kernel's launcher, else the name of its own file."""
     spec = getattr(item, "callspec", None) and item.callspec.params.get("spec")
     return str(spec.family) if hasattr(spec, "family") else Path(item.path).stem
 

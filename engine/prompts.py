@@ -80,7 +80,7 @@ class Prompts:
         return states
 
     def _key(self, prompt: str) -> str:
-        """Of a prompt in the cache, which no prompt can be read from."""
+        """The prompt's key in the cache; the prompt cannot be read from it."""
         digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
         return json.dumps([self._computed_by, digest])
 
@@ -133,6 +133,6 @@ class Prompts:
 
 
 def _identity(path: Path) -> str:
-    """Of a file as it is now: where, how large, and when it was written."""
+    """A file's path, size and time of writing, as they are now."""
     status = path.stat()
     return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"

@@ -42,12 +42,12 @@ def to_nv12(frames: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def bytes_to_nv12(pixels: Tensor, out: Tensor | None = None) -> Tensor:
-    """The same of packed RGB bytes: [T, H, W, 3] uint8, H and W even -> [T, H * 3/2, W] uint8."""
+    """As `to_nv12`, for packed RGB bytes: [T, H, W, 3] uint8, H and W even -> [T, H * 3/2, W] uint8."""
     return _to_nv12(pixels.permute(3, 0, 1, 2).contiguous().float().div_(255), out)
 
 
 def _to_nv12(rgb: Tensor, out: Tensor | None) -> Tensor:
-    """Of colours in 0..1, [3, T, H, W] float32."""
+    """As `to_nv12`, for colours from 0 to 1 in float32 [3, T, H, W]."""
     _, count, height, width = rgb.shape
     if out is None:
         out = torch.empty(count, height // 2 * 3, width, dtype=torch.uint8, device=rgb.device)

@@ -90,7 +90,7 @@ def check_room(rooms_of: Sequence[Callable[[], Room]], taken: Collection[int], p
 def refused_when_full() -> Iterator[None]:
     """Within this, BusyError takes the place of a GPU's error when its memory does not suffice for something short.
 
-    Of encoding a picture, say: whoever opens a session is refused, and those that are open go on.
+    Encoding a picture is such work: the new session is refused, and those that are open go on.
     """
     try:
         yield

@@ -244,7 +244,7 @@ class Stage:
         return block.block * self.spec.geometry.frames_per_block
 
     def step_keys(self, block: Block) -> list[Hashable]:
-        """Of the graphs of the block's steps at this stage, before any of them has run; they change nothing."""
+        """The keys of the graphs of the block's steps at this stage, known before any of them runs."""
         if self.dit is None:
             return []
         start, keys = self.start_of(block), list[Hashable]()
