@@ -77,8 +77,6 @@ def steps(suite: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 continue
             parts = [full[0], base[1], *full[2:]]
         found[word] = {"whole_ms": _ms(whole), "parts_ms": tuple(parts), "measured": measured}
-    if lacking := [word or "bfloat16" for word in WORDS if word not in found]:
-        raise ValueError(f"the planner needs a block-step and its parts in {', '.join(lacking)}")
     return found
 
 

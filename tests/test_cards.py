@@ -40,7 +40,9 @@ def test_what_is_shipped_is_what_the_newest_results_say() -> None:
     assert DOCUMENT.read_text() == document(), "run python -m bench.report --times"
 
 
-def test_times_of_newer_results_take_the_place_of_older_ones(tmp_path: Path) -> None:
+def test_times_of_newer_results_take_the_place_of_older_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton")
     from bench.card_times import document
 
@@ -52,6 +54,11 @@ def test_times_of_newer_results_take_the_place_of_older_ones(tmp_path: Path) -> 
         (tmp_path / f"b9-{day}.json").write_text(json.dumps(suite))
     made: dict[str, Any] = {}
     exec(document(tmp_path), made)
+    monkeypatch.setitem(CARDS, "b9", made["CARDS"]["b9"])
+    assert bundled_times(name="b9").step_ms[0] == pytest.approx(170)
+    for fp8 in ("products", "attention", "all"):
+        with pytest.raises(InputError, match=r"no block-step with .* in FP8 was measured on an NVIDIA B9"):
+            bundled_times(fp8=fp8, name="b9")
     assert made["NEWEST"] == "b9" and made["CARDS"]["b9"]["results"] == "b9-2026-02-01"
     assert made["CARDS"]["b9"]["steps"][""] == {"whole_ms": 170, "parts_ms": (100, 60, 10, 2), "measured": True}
     assert (made["CARDS"]["b9"]["prefill_ms"], made["CARDS"]["b9"]["prime_ms"]) == (50, None)

@@ -109,6 +109,10 @@ def bundled_times(
     `decode_flops`, encoding with the pixels. What was not measured on this card is as on the newest one.
     """
     gpu, other = card(name), card()
+    for word in ("", "all") if fp8 == "attention" else (fp8,):
+        if word not in gpu.steps:
+            what = f"with {word} in FP8" if word else "in bfloat16"
+            raise InputError(f"no block-step {what} was measured on an {gpu.model}; give its times with --times")
     step = gpu.steps["" if fp8 == "attention" else fp8]
     (products, attention, rows, rest), whole, known = step["parts_ms"], step["whole_ms"], step["measured"]
     if fp8 == "attention":  # never measured alone: bfloat16 with the attention of "all"
