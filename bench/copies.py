@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK, WARPS = 4096, 8  # words of four bytes: 16 for each thread, so loads and stores of 16 bytes
-PROGRAMS = 8  # of the persistent form on each processor
+PROGRAMS = 8  # the persistent form starts so many on each processor
 
 Copy = Callable[[Tensor, Tensor], object]  # (source, target), int32 [n]
 

@@ -18,7 +18,7 @@ from bench.timing import one_line
 from liverelay.kernels.spec import Case, Dims, KernelSpec
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECK_SECONDS = 120  # of one process, compilation included
+CHECK_SECONDS = 120  # bounds one process, compilation included
 VERDICT, SEPARATOR = "check: ", ";"  # a size has commas in its name
 BROKEN = ("CUDA error", "illegal", "misaligned", "unspecified launch failure")  # the process can do no more
 

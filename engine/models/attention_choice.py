@@ -31,7 +31,7 @@ Say = Callable[[str], None]
 DRIVER = Path("/proc/driver/nvidia/version")
 LIBRARIES = ("triton", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
-_known: dict[str, Trial] = {}  # of this process, for a user without a cache folder
+_known: dict[str, Trial] = {}  # what this process found out, for a user without a cache folder
 _lock = threading.Lock()  # one trial at a time: they would disturb each other's times
 
 

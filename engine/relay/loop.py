@@ -61,8 +61,10 @@ class Teller:
             return self._launched[0][1] if self._launched else None
 
     def add(self, event: Any, tell: Callable[[], None]) -> None:
-        """A block was launched, or there is something to tell behind those that were. event: recorded behind the block
-        on the device, None where nothing of it is waited for."""
+        """A block was launched, or there is something to tell after those that were.
+
+        event: recorded on the device behind the block; None for what does not depend on the device.
+        """
         with self._changed:
             self._launched.append((event, time.monotonic(), tell))
             self._changed.notify_all()
