@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.suite_runner import ROOT, Outcome, Part, Task, run_parts
-from bench.suite_tests import SHARE, families
+from bench.suite_tests import MOST, SHARE, families
 
 # Each part's turn, and its share of the time: the seconds that it is expected to take at full size.
 TURNS = {
@@ -28,6 +28,7 @@ TURNS = {
     "line-products": (12, 25.0), "stage-products": (13, 20.0), "compile": (14, 60.0),
     "compile-stage": (15, 35.0),
 }  # fmt: skip
+DRY_TESTS = 3  # a family has no more without a GPU: `make test` runs them all in Triton's interpreter
 SHARES = 3  # processes for the tests of one file on a GPU
 TEST_FILES = ("tests/test_golden.py", "tests/test_regression.py")
 
@@ -85,7 +86,8 @@ def checks(gpu: bool, base: dict[str, str]) -> list[Part]:
     plain = {name: value for name, value in environment.items() if name != "TRITON_INTERPRET"}
     pytest = (sys.executable, "-m", "pytest", "-q", "-rs", "--tb=short", "-p", "no:cacheprovider", "-m", "not slow")
     shared = (*pytest, "-p", "bench.suite_tests")
-    kernels = [Task(name, (*shared, "tests/kernels"), {SHARE: name}) for name in families()]
+    some = {} if gpu else {MOST: str(DRY_TESTS)}
+    kernels = [Task(name, (*shared, "tests/kernels"), {SHARE: name, **some}) for name in families()]
     files = [*TEST_FILES, *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "gpu").glob("test_*.py")))]
     tests = [
         Task(f"{Path(file).stem}-{i}", (*shared, file), {SHARE: f"{i}/{count}"})
@@ -93,7 +95,6 @@ def checks(gpu: bool, base: dict[str, str]) -> list[Part]:
     ]  # fmt: skip
     side = {"side_by_side": min(8, cores)}
     turn, weight = TURNS["kernels"]
-    weight *= 1 if gpu else 6  # Triton's interpreter takes long
     return [
         Part("build", (Task("build", (sys.executable, "-m", "bench.build")),), turn, weight, base),
         Part("kernels", tuple(kernels), turn, weight, environment, **side, tests=True, no_skips=gpu),

@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARE = "LIVERELAY_TEST_SHARE"  # the name of a family, or "i/n": every n-th collected test, from i on
+MOST = "LIVERELAY_TEST_MOST"  # keep no more of the share than this, as a dry run does
 NOTHING_COLLECTED = 5  # pytest's exit status
 SKIPPED = re.compile(r"^SKIPPED \[\d+\] (\S+?): (.*)$", re.MULTILINE)
 # What may be skipped on a GPU: another kind of GPU, the interpreter's own tests, libraries that the core does without.
@@ -45,6 +46,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
         return
     first, _, of = share.partition("/")
     kept = items[int(first) :: int(of)] if of else [item for item in items if family(item) == share]
+    kept = kept[: int(os.environ.get(MOST, len(kept)))]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 

@@ -169,13 +169,17 @@ def numbers_part(tmp_path: Path, reason: str, *shares: str) -> Part:
     return Part("t", made, environment={"PYTHONPATH": str(gpu_suite.ROOT)}, tests=True, no_skips=True)
 
 
-def test_shares_and_families_run_every_test_once(tmp_path: Path) -> None:
+def test_shares_and_families_run_every_test_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     (outcome,) = run(tmp_path / "a", numbers_part(tmp_path, "needs two GPUs", "0/2", "1/2"))
     assert outcome.state == "passed" and outcome.headline == "5 passed, 1 skipped"
     (outcome,) = run(tmp_path / "b", numbers_part(tmp_path, "needs two GPUs", "test_numbers", "norm"))
     assert outcome.state == "passed" and outcome.headline == "5 passed, 1 skipped"
+    (tmp_path / "c").mkdir()
+    monkeypatch.setenv(suite_tests.MOST, "2")
+    (outcome,) = run(tmp_path / "c", numbers_part(tmp_path, "needs two GPUs", "0/2", "1/2"))
+    assert outcome.state == "passed" and sum(int(word) for word in outcome.headline.split()[::2]) == 4
 
 
 @pytest.mark.parametrize(
