@@ -67,11 +67,6 @@ class Graphs:
             work()
         ours.wait_stream(self._stream)
 
-    @property
-    def count(self) -> int:
-        """How many are captured."""
-        return len(self.captured)
-
     def has(self, key: Hashable) -> bool:
         """Whether the work of this key is captured."""
         return key in self.captured

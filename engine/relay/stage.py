@@ -206,7 +206,8 @@ class Stage:
             self.say(f"stage {self.plan.name}: capturing the decoder's CUDA graph")
             place.decoder.first = not spec.stream.prime_latents
             self.decode(number, 0)
-        self.say(f"stage {self.plan.name}: {self.graphs.count} CUDA graphs after {time.monotonic() - began:.1f} s")
+        took, count = time.monotonic() - began, len(self.graphs.captured)
+        self.say(f"stage {self.plan.name}: {count} CUDA graphs after {took:.1f} s")
 
     def _prefill(self, place: Place, arena: Arena, reference: Tensor) -> None:
         assert self.dit is not None and place.text is not None and place.motion is not None
