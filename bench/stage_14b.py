@@ -46,7 +46,7 @@ LARGEST_DIFFERENCE = {"torch.bfloat16": 0.1, "torch.float32": 1e-4}
 PARTS = ("linear, text, audio", "self-attention", "element-wise", "rest")
 PART_OF = {
     "linear": 0, "linear_fp8": 0, "text attention": 0, "audio_attention": 0, "self-attention": 1, "residual_norm": 2,
-    "rms_norm": 2, "qk_norm_rope": 2, "gelu": 2, "quantize_rows": 2,
+    "rms_norm": 2, "inverse_rms": 2, "qk_norm_rope": 2, "gelu": 2, "quantize_rows": 2,
     "store_values": 2,
 }  # fmt: skip
 # Of PARTS, for 14B at 704x384 on one H100, by what is in FP8.

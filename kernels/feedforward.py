@@ -13,10 +13,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from liverelay.kernels import torch_ops
 from liverelay.kernels.launch import check, next_power_of_two, run, tiling
-from liverelay.kernels.quant import check_quantized, quantized_outputs, reference_rows, store_quantized
+from liverelay.kernels.quant import (
+    check_quantized,
+    load_row,
+    own_rows,
+    quantized_outputs,
+    reference_rows,
+    store_quantized_row,
+)
 from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, poisoned, random
 
 TILE = 2048
@@ -24,9 +32,13 @@ TILE = 2048
 
 @triton.jit
 def gelu_tanh(x):
-    """0.5 (1 + tanh(u)) = 1 / (1 + exp(-2 u)): exact at both ends, with the fast exponential."""
-    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x / (1.0 + tl.exp(-2.0 * inner))
+    """0.5 (1 + tanh(u)) = 1 / (1 + exp(-2 u)): exact at both ends.
+
+    Two instructions of the special function unit and five others: Triton's own exponential and division guard against
+    denormal numbers with ten more, which change nothing beside a 1, and rows of FP8 then wait for instructions.
+    """
+    power = x * (-2.302208198144325 - 0.1029432395800235 * (x * x))  # -2 u / ln 2
+    return libdevice.fast_dividef(x, 1.0 + libdevice.exp2(power))
 
 
 @triton.jit
@@ -44,13 +56,16 @@ def gelu_kernel(
 
 @triton.jit
 def gelu_quant_kernel(
-    x, out, scale_out, x_stride, out_stride, tokens, WIDTH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr
-):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    offsets = tl.arange(0, TILE)[None, :]
-    mask = (row < tokens) & (offsets < WIDTH)
-    value = gelu_tanh(tl.load(x + row * x_stride + offsets, mask=mask, other=0.0).to(tl.float32))
-    store_quantized(value, mask, out, row * out_stride + offsets, scale_out, row)
+    x, out, scale_out, x_stride, out_stride, tokens, WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    row, live = own_rows(tokens, ROWS)
+    lane = tl.arange(0, TILE)[None, :]
+    given = load_row(x + row * x_stride + lane, live, WIDTH, TILE, CHUNKS)
+    chunks: tl.tuple = ()
+    for i in tl.static_range(CHUNKS):
+        chunks += (gelu_tanh(given[i]),)
+    store_quantized_row(chunks, out + row * out_stride + lane, scale_out + row, live, WIDTH, TILE, CHUNKS)
 
 
 def gelu_quant(x: Tensor, out: Tensor, scale_out: Tensor) -> Tensor:

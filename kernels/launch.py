@@ -112,17 +112,40 @@ def next_power_of_two(value: int) -> int:
 
 
 ELEMENTS = 8192  # of a program: one row of the 14B model, many of a narrow one
+NARROW = 256  # widths up to here are one chunk
+
+_padded: list[set[int]] = []
+
+
+@contextlib.contextmanager
+def padded_rows() -> Iterator[set[int]]:
+    """Within this, a row is one chunk, padded to a power of two: what chunks are measured against. Gives a set that
+    gets the width of every row kernel started, so that a benchmark sees whether there was one.
+    """
+    widths: set[int] = set()
+    _padded.append(widths)
+    try:
+        yield widths
+    finally:
+        _padded.pop()
 
 
 def tiling(width: int) -> dict[str, int]:
-    """Launch constants of a row kernel: rows a program takes, tile of the width, threads (about 64 elements each).
+    """Launch constants of a row kernel: rows a program takes, the chunks of a row, threads (up to 64 elements each).
 
-    Few warps with many elements each are fastest on an H100, most of all where rows are quantised: bench/results.
+    A chunk is an eighth of the padded width: at most one chunk of eight is padding, and in a wide row each thread has
+    8 neighbours of a chunk, which is one access of 128 bits to a 16-bit dtype. Few warps with many elements each are
+    fastest on an H100, most of all where rows are quantised: bench/results.
     """
-    tile = next_power_of_two(width)
-    rows = max(1, min(64, ELEMENTS // tile))
+    padded = next_power_of_two(width)
+    tile = max(min(padded, NARROW), padded // 8)
+    if _padded:
+        _padded[-1].add(width)
+        tile = padded
+    rows = max(1, min(64, ELEMENTS // padded))
     # Elements of a warp; rows that are not aligned spend registers on addresses.
     share = 2048 if width % 8 == 0 else 512
     return {
-        "WIDTH": width, "TILE": tile, "ROWS": rows, "num_warps": min(16, max(1, rows * tile // share)), "num_stages": 1,
+        "WIDTH": width, "TILE": tile, "CHUNKS": triton.cdiv(width, tile), "ROWS": rows,
+        "num_warps": min(16, max(1, rows * padded // share)), "num_stages": 1,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`residual_norm`: gated residuals, LayerNorm and its modulation in one pass over the rows; and `rms_norm`.
+"""`residual_norm`: gated residuals, LayerNorm and its modulation in one pass over the rows; `rms_norm`, `inverse_rms`.
 
     s = x + sum_i y_i * gate_i                            float32
     x_out = R(s)                                          optional
@@ -25,21 +25,87 @@ from torch import Tensor
 from liverelay.kernels import torch_ops
 from liverelay.kernels.contract import Norm, Update
 from liverelay.kernels.launch import check, refuse, run, tiling
-from liverelay.kernels.quant import check_quantized, quantized_outputs, reference_rows, store_quantized
+from liverelay.kernels.quant import (
+    check_quantized,
+    chunk_mask,
+    load_row,
+    own_rows,
+    quantized_outputs,
+    reference_rows,
+    store_quantized_row,
+)
 from liverelay.kernels.spec import Case, Cost, CostOf, Dims, KernelSpec, MakeCase, poisoned, random
 
 MAX_UPDATES = 3
 
 
 @triton.jit
-def add_update(total, y, gate, row, y_stride, offsets, mask, HAS: tl.constexpr, GATED: tl.constexpr):
-    """total + y * gate for a tile of rows."""
-    if HAS:
-        value = tl.load(y + row * y_stride + offsets, mask=mask, other=0.0).to(tl.float32)
+def add_update(
+    chunks, start, gate, live, GATED: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr
+):  # fmt: skip
+    """chunks + y * gate for rows given as chunks; start: addresses of the first chunk of y, gate: of the gate's."""
+    values = load_row(start, live, WIDTH, TILE, CHUNKS)
+    sums: tl.tuple = ()
+    for i in tl.static_range(CHUNKS):
+        value = values[i]
         if GATED:
-            value *= tl.load(gate + offsets, mask=mask, other=0.0)
-        total += value
-    return total
+            value *= tl.load(gate + i * TILE, mask=chunk_mask(live, i, WIDTH, TILE), other=0.0)
+        sums += (chunks[i] + value,)
+    return sums
+
+
+@triton.jit
+def normed_row(chunks, eps, live, WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr):
+    """LayerNorm without modulation. The squares are of centred values, which are in registers anyway: the mean of
+    squares less the squared mean would be one reduction instead of two, and wrong where a row's mean is large.
+    """
+    total = chunks[0]
+    for i in tl.static_range(1, CHUNKS):
+        total += chunks[i]
+    mean = tl.sum(total, axis=1, keep_dims=True) / WIDTH
+    centred: tl.tuple = ()
+    squares = tl.zeros_like(total)
+    for i in tl.static_range(CHUNKS):
+        value = tl.where(chunk_mask(live, i, WIDTH, TILE), chunks[i] - mean, 0.0)
+        centred += (value,)
+        squares += value * value
+    inverse = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / WIDTH + eps)
+    normed: tl.tuple = ()
+    for i in tl.static_range(CHUNKS):
+        normed += (centred[i] * inverse,)
+    return normed
+
+
+@triton.jit
+def rounded_row(chunks, dtype: tl.constexpr, CHUNKS: tl.constexpr):
+    """Chunks rounded to the dtype, in float32 again."""
+    rounded: tl.tuple = ()
+    for i in tl.static_range(CHUNKS):
+        rounded += (chunks[i].to(dtype).to(tl.float32),)
+    return rounded
+
+
+@triton.jit
+def modulated_row(
+    chunks, scale, shift, live, PLUS_ONE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr
+):  # fmt: skip
+    """chunks * a + b; scale, shift: addresses of the first chunk of each."""
+    results: tl.tuple = ()
+    for i in tl.static_range(CHUNKS):
+        mask = chunk_mask(live, i, WIDTH, TILE)
+        a = tl.load(scale + i * TILE, mask=mask, other=0.0)
+        b = tl.load(shift + i * TILE, mask=mask, other=0.0)
+        if PLUS_ONE:
+            a = (a.to(tl.float32) + 1.0).to(a.dtype)
+        results += (chunks[i] * a.to(tl.float32) + b.to(tl.float32),)
+    return results
+
+
+@triton.jit
+def store_row(chunks, start, live, WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr):
+    """Rows given as chunks, rounded to what `start` points to."""
+    for i in tl.static_range(CHUNKS):
+        tl.store(start + i * TILE, chunks[i].to(start.dtype.element_ty), mask=chunk_mask(live, i, WIDTH, TILE))
 
 
 @triton.jit
@@ -47,54 +113,68 @@ def residual_norm_kernel(
     x, y0, y1, y2, gate0, gate1, gate2, scale, shift, out, x_out,
     scale_out, x_stride, y0_stride, y1_stride, y2_stride, out_stride, x_out_stride, group_rows, group_stride, tokens,
     eps,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, UPDATES: tl.constexpr, GATED0: tl.constexpr,
-    GATED1: tl.constexpr, GATED2: tl.constexpr, GROUPED: tl.constexpr, PLUS_ONE: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, UPDATES: tl.constexpr,
+    GATED0: tl.constexpr, GATED1: tl.constexpr, GATED2: tl.constexpr, GROUPED: tl.constexpr, PLUS_ONE: tl.constexpr,
     ROUND_INPUT: tl.constexpr, ROUND_NORM: tl.constexpr, HAS_X_OUT: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    offsets = tl.arange(0, TILE)[None, :]
-    inside = offsets < WIDTH
-    mask = (row < tokens) & inside
-    rounded = x.dtype.element_ty
-    total = tl.load(x + row * x_stride + offsets, mask=mask, other=0.0).to(tl.float32)
-    total = add_update(total, y0, gate0, row, y0_stride, offsets, mask, UPDATES > 0, GATED0)
-    total = add_update(total, y1, gate1, row, y1_stride, offsets, mask, UPDATES > 1, GATED1)
-    total = add_update(total, y2, gate2, row, y2_stride, offsets, mask, UPDATES > 2, GATED2)
+    row, live = own_rows(tokens, ROWS)
+    lane = tl.arange(0, TILE)[None, :]
+    rounded: tl.constexpr = x.dtype.element_ty
+    total = load_row(x + row * x_stride + lane, live, WIDTH, TILE, CHUNKS)
+    if UPDATES > 0:
+        total = add_update(total, y0 + row * y0_stride + lane, gate0 + lane, live, GATED0, WIDTH, TILE, CHUNKS)
+    if UPDATES > 1:
+        total = add_update(total, y1 + row * y1_stride + lane, gate1 + lane, live, GATED1, WIDTH, TILE, CHUNKS)
+    if UPDATES > 2:
+        total = add_update(total, y2 + row * y2_stride + lane, gate2 + lane, live, GATED2, WIDTH, TILE, CHUNKS)
     if HAS_X_OUT:
-        tl.store(x_out + row * x_out_stride + offsets, total.to(rounded), mask=mask)
+        store_row(total, x_out + row * x_out_stride + lane, live, WIDTH, TILE, CHUNKS)
     if ROUND_INPUT:
-        total = total.to(rounded).to(tl.float32)
-    mean = tl.sum(total, axis=1)[:, None] / WIDTH
-    centred = tl.where(inside, total - mean, 0.0)
-    normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=1)[:, None] / WIDTH + eps)
+        total = rounded_row(total, rounded, CHUNKS)
+    normed = normed_row(total, eps, live, WIDTH, TILE, CHUNKS)
     if ROUND_NORM:
-        normed = normed.to(rounded).to(tl.float32)
-    if GROUPED:
-        places = (row // group_rows) * group_stride + offsets
-        a, b = tl.load(scale + places, mask=mask, other=0.0), tl.load(shift + places, mask=mask, other=0.0)
-    else:
-        a, b = tl.load(scale + offsets, mask=inside, other=0.0), tl.load(shift + offsets, mask=inside, other=0.0)
-    if PLUS_ONE:
-        a = (a.to(tl.float32) + 1.0).to(a.dtype)
-    result = normed * a.to(tl.float32) + b.to(tl.float32)
+        normed = rounded_row(normed, rounded, CHUNKS)
+    place = lane + (row.to(tl.int32) // group_rows) * group_stride if GROUPED else lane
+    results = modulated_row(normed, scale + place, shift + place, live, PLUS_ONE, WIDTH, TILE, CHUNKS)
+    out_at = out + row * out_stride + lane
     if QUANTIZE:
-        store_quantized(result, mask, out, row * out_stride + offsets, scale_out, row)
+        store_quantized_row(results, out_at, scale_out + row, live, WIDTH, TILE, CHUNKS)
     else:
-        tl.store(out + row * out_stride + offsets, result.to(out.dtype.element_ty), mask=mask)
+        store_row(results, out_at, live, WIDTH, TILE, CHUNKS)
+
+
+@triton.jit
+def inverse_rms_row(chunks, eps, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+    """1 / sqrt(mean(x^2) + eps) of rows given as chunks, zero where nothing is; [ROWS, 1]."""
+    squares = chunks[0] * chunks[0]
+    for i in tl.static_range(1, CHUNKS):
+        squares += chunks[i] * chunks[i]
+    return tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / WIDTH + eps)
 
 
 @triton.jit
 def rms_norm_kernel(
-    x, weight, out, x_stride, out_stride, tokens, eps, WIDTH: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr
+    x, weight, out, x_stride, out_stride, tokens, eps, WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    row, live = own_rows(tokens, ROWS)
+    lane = tl.arange(0, TILE)[None, :]
+    chunks = load_row(x + row * x_stride + lane, live, WIDTH, TILE, CHUNKS)
+    inverse = inverse_rms_row(chunks, eps, WIDTH, CHUNKS)
+    for i in tl.static_range(CHUNKS):
+        mask = chunk_mask(live, i, WIDTH, TILE)
+        w = tl.load(weight + lane + i * TILE, mask=mask, other=0.0).to(tl.float32)
+        result = (chunks[i] * inverse).to(x.dtype.element_ty).to(tl.float32) * w
+        tl.store(out + row * out_stride + lane + i * TILE, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def inverse_rms_kernel(
+    x, out, x_stride, tokens, eps, WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr
 ):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    offsets = tl.arange(0, TILE)[None, :]
-    mask = (row < tokens) & (offsets < WIDTH)
-    value = tl.load(x + row * x_stride + offsets, mask=mask, other=0.0).to(tl.float32)
-    normed = value * tl.rsqrt(tl.sum(value * value, axis=1)[:, None] / WIDTH + eps)
-    w = tl.load(weight + offsets, mask=offsets < WIDTH, other=0.0).to(tl.float32)
-    result = normed.to(x.dtype.element_ty).to(tl.float32) * w
-    tl.store(out + row * out_stride + offsets, result.to(out.dtype.element_ty), mask=mask)
+    row, live = own_rows(tokens, ROWS)
+    chunks = load_row(x + row * x_stride + tl.arange(0, TILE)[None, :], live, WIDTH, TILE, CHUNKS)
+    tl.store(out + row, inverse_rms_row(chunks, eps, WIDTH, CHUNKS), mask=live)
 
 
 def residual_norm(
@@ -143,6 +223,17 @@ def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> Tensor:
     return out
 
 
+def inverse_rms(x: Tensor, out: Tensor, *, eps: float) -> Tensor:
+    """out = rsqrt(mean(x^2) + eps), one float32 for each row of [T, D]: where a norm's weight went elsewhere."""
+    tokens, width = x.shape
+    check("inverse_rms", {"x": (x, (tokens, width)), "out": (out, (tokens,))})
+    if out.dtype != torch.float32:
+        refuse("inverse_rms", f"out is {out.dtype}, expected float32")
+    tiles = tiling(width)
+    run(inverse_rms_kernel, triton.cdiv(tokens, tiles["ROWS"]), x, out, x.stride(0), tokens, eps, **tiles)
+    return out
+
+
 # -- reference, inputs, cost ------------------------------------------------------------------------------------------
 
 
@@ -167,6 +258,11 @@ def reference_rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) ->
     """Float64, no rounding."""
     wide = x.double()
     return {"out": wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.double()}
+
+
+def reference_inverse_rms(x: Tensor, out: Tensor, *, eps: float) -> dict[str, Tensor]:
+    """Float64, no rounding."""
+    return {"out": torch.rsqrt(x.double().square().mean(-1) + eps)}
 
 
 def make_residual_norm(updates: int, kind: str, quantize: bool) -> MakeCase:
@@ -220,11 +316,22 @@ def cost_rms_norm(dims: Dims, dtype: torch.dtype) -> Cost:
     return Cost(2 * elements * dtype.itemsize, 5 * elements)
 
 
+def make_inverse_rms(dims: Dims, dtype: torch.dtype, rng: torch.Generator, device: torch.device) -> Case:
+    out = poisoned((dims["tokens"],), torch.float32, device)
+    return Case((random((dims["tokens"], dims["width"]), dtype, rng, device), out), {"eps": 1e-6}, {"out": out})
+
+
+def cost_inverse_rms(dims: Dims, dtype: torch.dtype) -> Cost:
+    elements = dims["tokens"] * dims["width"]
+    return Cost(elements * dtype.itemsize + 4 * dims["tokens"], 2 * elements)
+
+
 SMALL = {
     "odd": {"tokens": 21, "width": 97, "frames": 3},
     "one-row": {"tokens": 1, "width": 64, "frames": 1},
     "tiny-model": {"tokens": 48, "width": 128, "frames": 3},
     "wide": {"tokens": 3, "width": 5120, "frames": 3},
+    "ragged": {"tokens": 6, "width": 1500, "frames": 3},
 }
 PRODUCTION = {"14B 704x384": {"tokens": 3168, "width": 5120, "frames": 3}}
 
@@ -250,5 +357,9 @@ SPECS = [
     _row("residual3_norm_audio", 3, "audio", 2, quantize=True),
     KernelSpec(
         "rms_norm", rms_norm, reference_rms_norm, torch_ops.rms_norm, make_rms_norm, cost_rms_norm, SMALL, PRODUCTION,
+    ),
+    KernelSpec(
+        "inverse_rms", inverse_rms, reference_inverse_rms, torch_ops.inverse_rms, make_inverse_rms, cost_inverse_rms,
+        SMALL, PRODUCTION,
     ),
 ]  # fmt: skip

@@ -80,6 +80,11 @@ def rms_norm(x: Tensor, weight: Tensor, out: Tensor, *, eps: float) -> Tensor:
     return torch.mul(normed.to(out.dtype), weight, out=out)
 
 
+def inverse_rms(x: Tensor, out: Tensor, *, eps: float) -> Tensor:
+    """out = rsqrt(mean(x^2) + eps), statistics over the full width. x [T, D], out [T] float32."""
+    return torch.rsqrt(x.float().square().mean(-1) + eps, out=out)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     """RoPE of adjacent pairs: (a, b) -> (a c - b s, a s + b c) in float32, rounded once.
 
