@@ -50,7 +50,7 @@ def suite(preset: str, gpu: bool, work: Path) -> list[Part]:
     compiles = ["--backends", "fastest", "--compile-seconds", "30"] if gpu else []
     line = [*sized, *(["--seconds", "1.0", "--blocks", "8"] if gpu else ["--seconds", "0.05", "--blocks", "2"])]
     micro = ["--dims", "production" if gpu else "small", *device, "--seconds", "0.15" if gpu else "0.02"]
-    ours = [*micro, "--contenders", "kernel,plain,library"]
+    ours = [*micro, "--contenders", "kernel,padded,plain,library"]
 
     def part(name: str, module: str, *flags: str) -> Part:
         result = work / f"{name}.json"

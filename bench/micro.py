@@ -30,11 +30,11 @@ from bench.kernel_check import check_all, check_here, make_case, sizes, working_
 from bench.suite_runner import PART_SECONDS  # noqa: E402
 from bench.timing import one_line  # noqa: E402
 from liverelay.kernels import attention_backends, torch_ops  # noqa: E402
-from liverelay.kernels.launch import INTERPRETED  # noqa: E402
+from liverelay.kernels.launch import INTERPRETED, padded_rows  # noqa: E402
 from liverelay.kernels.registry import KERNELS  # noqa: E402
 from liverelay.kernels.spec import GFX942, Case, Dims, KernelSpec, arch_name  # noqa: E402
 
-CONTENDERS = ("kernel", "plain", "library", "compile")
+CONTENDERS = ("kernel", "padded", "plain", "library", "compile")  # padded: row kernels without chunks
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Row:
 
     @property
     def best_library(self) -> str | None:
-        there = [name for name in self.seconds if name not in ("kernel", "plain", "compile")]
+        there = [name for name in self.seconds if name not in CONTENDERS]
         return min(there, key=lambda name: self.seconds[name], default=None)
 
     def bound(self, ceilings: Ceilings) -> str:
@@ -112,7 +112,7 @@ def contend(row: Row, name: str, call: Callable[[Case], Any], given: list[Case],
 
 
 def time_row(spec: KernelSpec, row: Row, dims: Dims, plan: Plan) -> None:
-    """Kernel, plain PyTorch and, for attention, the libraries."""
+    """Kernel, plain PyTorch, for attention the libraries, and for a row kernel the same with padded rows."""
     given = cases(spec, dims, plan.device)
     with torch.inference_mode():
         if row.state == "ok" and "kernel" in plan.contenders:
@@ -123,6 +123,11 @@ def time_row(spec: KernelSpec, row: Row, dims: Dims, plan: Plan) -> None:
         if attends and "library" in plan.contenders:
             for name, call in attention_backends.candidates(plan.device, False).items():
                 contend(row, name, lambda c, call=call: call(*c.args), given, plan)
+        if row.state == "ok" and "padded" in plan.contenders and plan.kernels_run:
+            with padded_rows() as widths:
+                spec.launch(*given[0].args, **given[0].kwargs)
+                if widths:
+                    contend(row, "padded", lambda c: spec.launch(*c.args, **c.kwargs), given, plan)
 
 
 def time_compiled(spec: KernelSpec, row: Row, dims: Dims, plan: Plan) -> None:
@@ -172,7 +177,8 @@ def first_rows(specs: list[KernelSpec], plan: Plan, faults: Faults) -> list[tupl
 
 # -- what is printed ---------------------------------------------------------------------------------------------------
 
-HEAD = ("kernel", "dims", "us", "+-%", "GB/s", "%copy", "TFLOP/s", "%mm", "bound", "x plain", "x compile", "x library")
+HEAD = ("kernel", "dims", "us", "+-%", "GB/s", "%copy", "TFLOP/s", "%mm", "bound", "x padded", "x plain", "x compile",
+        "x library")  # fmt: skip
 
 
 def cells(row: Row, ceilings: Ceilings) -> list[str]:
@@ -191,8 +197,8 @@ def cells(row: Row, ceilings: Ceilings) -> list[str]:
     return [
         name, row.dims, f"{1e6 * took:.1f}", f"{100 * row.spread[ours]:.0f}", f"{row.bytes / took / 1e9:.0f}",
         f"{100 * row.bytes / took / ceilings.copy:.0f}", f"{row.flops / took / 1e12:.2f}",
-        f"{100 * row.flops / took / ceilings.matmul:.0f}", row.bound(ceilings), ratio("plain"), ratio("compile"),
-        ratio(library) + (f" {library}" if library else ""),
+        f"{100 * row.flops / took / ceilings.matmul:.0f}", row.bound(ceilings), ratio("padded"), ratio("plain"),
+        ratio("compile"), ratio(library) + (f" {library}" if library else ""),
     ]  # fmt: skip
 
 

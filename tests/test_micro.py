@@ -13,6 +13,7 @@ import torch
 
 from bench import kernel_check, micro
 from bench.ceilings import Ceilings
+from liverelay.kernels import launch
 from liverelay.kernels.registry import KERNELS
 from liverelay.kernels.spec import KernelSpec
 
@@ -23,12 +24,12 @@ LIMITS = Ceilings(copy=1e12, matmul=1e14, fp8=0.0, matmul_dtype="bfloat16")
 
 def test_rows_show_shares_of_both_ceilings_and_ratios() -> None:
     row = micro.Row("k", "d", "bfloat16", bytes=1e9, flops=1e10)
-    row.seconds = {"kernel": 2e-3, "plain": 6e-3, "sdpa-cudnn": 1e-3, "sdpa-flash": 4e-3}
+    row.seconds = {"kernel": 2e-3, "padded": 5e-4, "plain": 6e-3, "sdpa-cudnn": 1e-3, "sdpa-flash": 4e-3}
     row.spread = dict.fromkeys(row.seconds, 0.01)
     shown = dict(zip(micro.HEAD, micro.cells(row, LIMITS), strict=True))
     assert (shown["us"], shown["GB/s"], shown["%copy"], shown["bound"]) == ("2000.0", "500", "50", "memory")
     assert (shown["TFLOP/s"], shown["%mm"], shown["x plain"]) == ("5.00", "5", "3.00")
-    assert (shown["x compile"], shown["x library"]) == ("-", "0.50 sdpa-cudnn")
+    assert (shown["x padded"], shown["x compile"], shown["x library"]) == ("0.25", "-", "0.50 sdpa-cudnn")
     red = micro.Row("bad", "d", "bfloat16", state="red", note="wrong", bytes=1.0)
     assert "RED: bad [d]" in micro.headline([row, red], LIMITS)
     assert "bad [d]: red: wrong" in micro.report([row, red], LIMITS)
@@ -72,6 +73,23 @@ def test_a_size_that_is_red_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> N
         timed, red = [row for row in rows if "kernel" in row.seconds], [row for row in rows if row.state == "red"]
         assert {row.dims for row in timed} == set(production) - {"3 wide"} and [row.dims for row in red] == ["3 wide"]
         assert "RED: gelu [3 wide]" in micro.headline(rows, LIMITS) and "3 wide" in micro.report(rows, LIMITS)
+
+
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_kernels_that_take_rows_in_chunks_are_timed_with_padded_rows_too(
+    in_chunks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(micro, "INTERPRETED", True)
+    tiles: list[int] = []
+
+    def call(x: torch.Tensor, out: torch.Tensor, *rest: object) -> torch.Tensor:
+        if in_chunks:
+            tiles.append(launch.tiling(5120)["TILE"])
+        return GELU.plain(x, out, *rest)
+
+    spec = gelu_spec(launch=call, production={"one": {"tokens": 4, "width": 8}}, small={})
+    (row,), _ = micro.run([spec], plan(), None)
+    assert ("padded" in row.seconds) == in_chunks and set(tiles) == ({1024, 8192} if in_chunks else set())
 
 
 def test_a_check_goes_on_behind_a_size_that_ended_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
