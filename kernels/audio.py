@@ -3,7 +3,7 @@
     y = R(R(x * rsqrt(mean(x^2) + eps)) * w)                          a row of x, over the full width D
     out_h = R(sum_n softmax_n(y_h . k_{f,n,h} / sqrt(d)) v_{f,n,h})   for each head h of the token's latent frame f
 
-x [F*P, D]; k, v [F, N, H, d] with N = 5; out [F*P, H, d]. One program takes some tokens of a frame with all their heads,
+x [F*P, D]; k, v [F, N, H, d] with N = 5; out [F*P, H, d]. One program takes tokens of one frame with all their heads,
 because the norm needs the full width: first the sums of squares, then group by group of heads, whose keys and values
 are loaded and converted once for all its tokens. They are ten times a row: read anew for each token (100 KB at 14B,
 from the L2 cache) they would be most of the traffic.
@@ -26,7 +26,7 @@ ROWS = 2  # tokens of a program: with 4 there are half as many blocks on an SM
 
 @triton.jit
 def softmax_mix(q, k, v, kv_token_stride, mask, COUNT: tl.constexpr):
-    """softmax(q k^T) v over COUNT keys: q [heads, ROWS, head size]; k, v: addresses of the first key [heads, 1, ...]."""
+    """softmax(q k^T) v over COUNT keys: q [heads, ROWS, d]; k, v: addresses of the first key [heads, 1, d]."""
     logits: tl.tuple = ()
     highest = tl.full([q.shape[0], q.shape[1]], float("-inf"), tl.float32)
     for n in tl.static_range(COUNT):
