@@ -34,10 +34,10 @@ def saturated(value, dtype: tl.constexpr):
 
 @triton.jit
 def store_quantized(result, mask, out, places, scale_out, scale_places, AXIS: tl.constexpr = 1):
-    """Quantise a float32 tile along its last axis: codes to out + places, the scales to scale_out + scale_places."""
-    amax = tl.max(tl.where(mask, tl.abs(result), 0.0), axis=AXIS, keep_dims=True)
-    amax = tl.maximum(amax, 1e-30)
-    tl.store(out + places, saturated(result * (448.0 / amax), out.dtype.element_ty), mask=mask)
+    """Quantise a float32 tile, zero where nothing is, along an axis: codes to out + places, the scales to scale_out +
+    scale_places. The largest code is 448 by its scale: there is nothing to saturate."""
+    amax = tl.maximum(tl.max(tl.abs(result), axis=AXIS, keep_dims=True), 1e-30)
+    tl.store(out + places, (result * (448.0 / amax)).to(out.dtype.element_ty), mask=mask)
     live = tl.max(mask.to(tl.int32), axis=AXIS, keep_dims=True) > 0
     tl.store(scale_out + scale_places, amax / 448.0, mask=live)
 

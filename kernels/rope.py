@@ -7,6 +7,7 @@
 qk [T, 2D]; q [T, H, d]; arena [N, H, d]; cos, sin [T, d/2] float32 holding float16 values. The first row and whether
 the reference moved are read from the device (`Place.scalars`), so that a captured launch serves every ring slot.
 For FP8 attention q and the arena are e4m3 and every head of a token has its scale, written in the same pass.
+A row stays in registers between its sum and its norm, as a tuple of groups of heads: 5 of 8 at 14B (`launch.tiling`).
 Bytes: 4 T D (+ 2 P D where the reference moves) * element size. FLOPs: 11 for each element of q and k.
 Source: spec dit.md 3, 4 and 7.3.
 """
@@ -20,77 +21,112 @@ from torch import Tensor
 
 from liverelay.kernels import torch_ops
 from liverelay.kernels.contract import FP8, Place, head_scales
-from liverelay.kernels.launch import ELEMENTS, check, next_power_of_two, refuse, run
+from liverelay.kernels.launch import check, next_power_of_two, refuse, run, tiling
 from liverelay.kernels.quant import reference_rows, store_quantized
 from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, poisoned, random
 from liverelay.kernels.torch_ops import Table
 
 
 @triton.jit
-def rotate_heads(x, cos, sin, row, live, HALF: tl.constexpr, ROWS: tl.constexpr, HEADS_TILE: tl.constexpr,
-                 HEAD_TILE: tl.constexpr):  # fmt: skip
-    """Rotate the adjacent pairs of a tile [ROWS, heads, head size]; cos, sin [rows, d/2]."""
-    pair = tl.arange(0, HEAD_TILE // 2)[None, None, :]
+def group_mask(live, first, index: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """Which elements of a group of heads are there: nothing to compare where groups fill the width."""
+    inside = tl.full(first.shape, True, tl.int1)
+    if GROUPS * first.shape[1] * first.shape[2] != WIDTH:
+        place = tl.arange(0, first.shape[2])[None, None, :]
+        inside = (place < 2 * HALF) & (first + index * (2 * HALF * first.shape[1]) < WIDTH)
+    return live & inside
+
+
+@triton.jit
+def load_groups(start, first, live, HALF: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """Rows as a tuple of groups of heads [ROWS, heads, d], zero where nothing is. start: addresses of the rows."""
+    groups: tl.tuple = ()
+    for i in tl.static_range(GROUPS):
+        places = start + first + i * (2 * HALF * first.shape[1])
+        groups += (tl.load(places, mask=group_mask(live, first, i, HALF, WIDTH, GROUPS), other=0.0),)
+    return groups
+
+
+@triton.jit
+def norm_groups(groups, weight, first, live, eps, HALF: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """RMS norm over all heads with the published two roundings; float32 holding values of the working dtype."""
+    rounded = groups[0].dtype
+    squares = tl.zeros(groups[0].shape, tl.float32)
+    for i in tl.static_range(GROUPS):
+        squares += groups[i].to(tl.float32) * groups[i].to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(tl.sum(squares, axis=2), axis=1)[:, None, None] / WIDTH + eps)
+    weights = load_groups(weight, first, live, HALF, WIDTH, GROUPS)
+    normed: tl.tuple = ()
+    for i in tl.static_range(GROUPS):
+        value = (groups[i].to(tl.float32) * inverse).to(rounded).to(tl.float32) * weights[i].to(tl.float32)
+        normed += (value.to(rounded).to(tl.float32),)
+    return normed
+
+
+@triton.jit
+def store_groups(
+    groups, start, first, live, scale_at, scale_stride, HALF: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+):  # fmt: skip
+    """Store rows in the dtype of start, their addresses; as e4m3 with one scale for each head of a row."""
+    heads: tl.constexpr = first.shape[1]
+    head = tl.arange(0, heads)[None, :, None]
+    for i in tl.static_range(GROUPS):
+        mask = group_mask(live, first, i, HALF, WIDTH, GROUPS)
+        places = first + i * (2 * HALF * heads)
+        if QUANTIZE:
+            store_quantized(groups[i], mask, start, places, scale_at, (head + i * heads) * scale_stride, 2)
+        else:
+            tl.store(start + places, groups[i].to(start.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rotate_groups(groups, cos, sin, row, live, HALF: tl.constexpr, GROUPS: tl.constexpr):
+    """Rotate the adjacent pairs of groups of heads [ROWS, heads, d]; cos, sin [rows, d/2]."""
+    rows: tl.constexpr = groups[0].shape[0]
+    heads: tl.constexpr = groups[0].shape[1]
+    size: tl.constexpr = groups[0].shape[2]
+    pair = tl.arange(0, size // 2)[None, None, :]
     inside = live & (pair < HALF)
     c = tl.load(cos + row * HALF + pair, mask=inside, other=0.0)
     s = tl.load(sin + row * HALF + pair, mask=inside, other=0.0)
-    a, b = tl.split(tl.reshape(x, [ROWS, HEADS_TILE, HEAD_TILE // 2, 2]))
-    return tl.reshape(tl.join(a * c - b * s, a * s + b * c), [ROWS, HEADS_TILE, HEAD_TILE])
-
-
-@triton.jit
-def norm_rows(x, weight, offsets, inside, eps, WIDTH: tl.constexpr):
-    """RMS norm over all heads with the published two roundings; float32 holding values of the working dtype."""
-    rounded = x.dtype
-    wide = x.to(tl.float32)
-    square = tl.sum(tl.sum(wide * wide, axis=2), axis=1)[:, None, None]
-    normed = wide * tl.rsqrt(square / WIDTH + eps)
-    w = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
-    return (normed.to(rounded).to(tl.float32) * w).to(rounded).to(tl.float32)
-
-
-@triton.jit
-def store_heads(x, out, places, mask, scale_out, scale_places, QUANTIZE: tl.constexpr):
-    """Store a tile in the dtype of out; as e4m3 with one scale for each head of a row."""
-    if QUANTIZE:
-        store_quantized(x, mask, out, places, scale_out, scale_places, 2)
-    else:
-        tl.store(out + places, x.to(out.dtype.element_ty), mask=mask)
+    turned: tl.tuple = ()
+    for i in tl.static_range(GROUPS):
+        a, b = tl.split(tl.reshape(groups[i].to(tl.float32), [rows, heads, size // 2, 2]))
+        turned += (tl.reshape(tl.join(a * c - b * s, a * s + b * c), [rows, heads, size]),)
+    return turned
 
 
 @triton.jit
 def qk_norm_rope_kernel(
     qk, q_weight, k_weight, cos, sin, q_out, arena, q_scale, k_scale, raw_out, reference, reference_cos, reference_sin,
     scalars, qk_stride, q_scale_stride, k_scale_stride, tokens, reference_rows, own_programs, eps, HALF: tl.constexpr,
-    HAS_RAW: tl.constexpr, QUANTIZE: tl.constexpr, WIDTH: tl.constexpr, HEADS_TILE: tl.constexpr,
-    HEAD_TILE: tl.constexpr, ROWS: tl.constexpr,
+    HAS_RAW: tl.constexpr, QUANTIZE: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    HEADS_TILE: tl.constexpr, HEAD_TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    head = tl.arange(0, HEADS_TILE)[None, :, None]
-    place = tl.arange(0, HEAD_TILE)[None, None, :]
-    offsets = head * (2 * HALF) + place
-    inside = (place < 2 * HALF) & (offsets < WIDTH)
+    first = tl.arange(0, HEADS_TILE)[None, :, None] * (2 * HALF) + tl.arange(0, HEAD_TILE)[None, None, :]
     if program < own_programs:
         row = (program * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
         live = row < tokens
-        mask = live & inside
-        source = qk + row * qk_stride + offsets
-        q = norm_rows(tl.load(source, mask=mask, other=0.0), q_weight, offsets, inside, eps, WIDTH)
-        q = rotate_heads(q, cos, sin, row, live, HALF, ROWS, HEADS_TILE, HEAD_TILE)
-        store_heads(q, q_out, row * WIDTH + offsets, mask, q_scale, head * q_scale_stride + row, QUANTIZE)
-        k = norm_rows(tl.load(source + WIDTH, mask=mask, other=0.0), k_weight, offsets, inside, eps, WIDTH)
+        source = qk + row * qk_stride
+        q = load_groups(source, first, live, HALF, WIDTH, GROUPS)
+        q = norm_groups(q, q_weight, first, live, eps, HALF, WIDTH, GROUPS)
+        q = rotate_groups(q, cos, sin, row, live, HALF, GROUPS)
+        store_groups(q, q_out + row * WIDTH, first, live, q_scale + row, q_scale_stride, HALF, WIDTH, GROUPS, QUANTIZE)
+        k = load_groups(source + WIDTH, first, live, HALF, WIDTH, GROUPS)
+        k = norm_groups(k, k_weight, first, live, eps, HALF, WIDTH, GROUPS)
         if HAS_RAW:
-            tl.store(raw_out + row * WIDTH + offsets, k.to(raw_out.dtype.element_ty), mask=mask)
-        k = rotate_heads(k, cos, sin, row, live, HALF, ROWS, HEADS_TILE, HEAD_TILE)
-        slot = tl.load(scalars).to(tl.int64) + row
-        store_heads(k, arena, slot * WIDTH + offsets, mask, k_scale, head * k_scale_stride + slot, QUANTIZE)
+            store_groups(k, raw_out + row * WIDTH, first, live, k_scale, 0, HALF, WIDTH, GROUPS, False)
+        k = rotate_groups(k, cos, sin, row, live, HALF, GROUPS)
+        row += tl.load(scalars)  # the slot's first
+        store_groups(k, arena + row * WIDTH, first, live, k_scale + row, k_scale_stride, HALF, WIDTH, GROUPS, QUANTIZE)
     else:
         row = ((program - own_programs) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
         live = (row < reference_rows) & (tl.load(scalars + 2) != 0)
-        mask = live & inside
-        k = tl.load(reference + row * WIDTH + offsets, mask=mask, other=0.0).to(tl.float32)
-        k = rotate_heads(k, reference_cos, reference_sin, row, live, HALF, ROWS, HEADS_TILE, HEAD_TILE)
-        store_heads(k, arena, row * WIDTH + offsets, mask, k_scale, head * k_scale_stride + row, QUANTIZE)
+        k = load_groups(reference + row * WIDTH, first, live, HALF, WIDTH, GROUPS)
+        k = rotate_groups(k, reference_cos, reference_sin, row, live, HALF, GROUPS)
+        store_groups(k, arena + row * WIDTH, first, live, k_scale + row, k_scale_stride, HALF, WIDTH, GROUPS, QUANTIZE)
 
 
 def qk_norm_rope(
@@ -104,16 +140,17 @@ def qk_norm_rope(
     _check(qk, weights, table, outs, k_raw, reference)
     q_scale, k_scale = outs[2:] or (table[0], table[0])
     kept, (cos, sin) = (q_out, table) if reference is None else reference
-    head_tile, heads_tile = next_power_of_two(head_dim), next_power_of_two(heads)
-    tile_rows = max(1, min(64, ELEMENTS // (head_tile * heads_tile)))
+    head_tile = next_power_of_two(head_dim)
+    tiles = tiling(head_tile * next_power_of_two(heads))
+    heads_tile, tile_rows = max(1, tiles["TILE"] // head_tile), tiles["ROWS"]
     own = triton.cdiv(tokens, tile_rows)
     run(
         qk_norm_rope_kernel, own + triton.cdiv(rows, tile_rows), qk, *weights, *table, q_out, arena, q_scale, k_scale,
         q_out if k_raw is None else k_raw, kept, cos, sin, place.scalars,
         qk.stride(0), q_scale.stride(0), k_scale.stride(0), tokens, rows, own, eps,
         HALF=head_dim // 2, HAS_RAW=k_raw is not None, QUANTIZE=len(outs) > 2, WIDTH=heads * head_dim,
-        HEADS_TILE=heads_tile, HEAD_TILE=head_tile, ROWS=tile_rows,
-        num_warps=min(16, max(1, tile_rows * head_tile * heads_tile // 2048)), num_stages=1,
+        GROUPS=triton.cdiv(heads, heads_tile), HEADS_TILE=heads_tile, HEAD_TILE=head_tile, ROWS=tile_rows,
+        num_warps=tiles["num_warps"], num_stages=1,
     )  # fmt: skip
 
 
