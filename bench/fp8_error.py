@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from liverelay.engine.config import set_process_defaults
@@ -19,6 +20,7 @@ from torch import Tensor  # noqa: E402
 
 from liverelay.engine.checkpoint import find_checkpoint  # noqa: E402
 from liverelay.engine.devices import check_device, default_device  # noqa: E402
+from liverelay.engine.errors import LiveRelayError  # noqa: E402
 from liverelay.engine.models.dit import DiT  # noqa: E402
 from liverelay.engine.models.geometry import Geometry, reference_position  # noqa: E402
 from liverelay.engine.models.sampler import make_schedule  # noqa: E402
@@ -37,7 +39,7 @@ def hidden_states(dit: DiT, geometry: Geometry, blocks: int, seed: int) -> dict[
         return torch.randn(shape, generator=rng).to(dit.device, dit.dtype)
 
     ws, arena, text = dit.make_workspace(geometry), dit.make_arena(geometry), dit.text_condition(
-        noise(32, config.text_dim)
+        noise(min(32, config.text_len), config.text_dim)
     )
     h, w, frames = geometry.latent_h, geometry.latent_w, geometry.frames_per_block
     tokens = dit.sink_tokens(noise(config.in_channels, 1, h, w), noise(config.in_channels, 19, h, w))
@@ -66,6 +68,17 @@ def main() -> int:
     parser.add_argument("--latent", type=int, nargs=2, default=(16, 16), metavar=("H", "W"))
     parser.add_argument("--blocks", type=int, default=5)
     arguments = parser.parse_args()
+    if arguments.blocks < 1:
+        parser.error("--blocks takes 1 or more")
+    try:
+        return compare(arguments)
+    except LiveRelayError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Print the differences."""
     device, states = check_device(arguments.device), {}
     source, config = find_checkpoint(arguments.checkpoint).open_dit(device)
     for name, (fp8, attention) in MODES.items():

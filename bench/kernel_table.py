@@ -29,7 +29,7 @@ VIEWS = ("view", "expand", "transpose", "split", "slice", "select", "unsqueeze",
 # Element-wise kernels of one layer without audio: (reads, writes) of [tokens, width].
 FUSED = {
     "gate_norm_affine": (2, 1), "residual2_norm_modulate": (3, 1), "residual3_norm_modulate": (4, 2),
-    "qk_norm_rope": (2, 2), "rms_norm": (1, 1),
+    "qk_norm_rope": (2, 2), "inverse_rms": (1, 0),
 }  # fmt: skip
 
 

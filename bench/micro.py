@@ -122,7 +122,7 @@ def time_row(spec: KernelSpec, row: Row, dims: Dims, plan: Plan) -> None:
         attends = spec.plain is torch_ops.attention and len(given[0].args) == 5  # no library takes our FP8 scales
         if attends and "library" in plan.contenders:
             for name, call in attention_backends.candidates(plan.device, False).items():
-                contend(row, name, lambda c, call=call: call(*c.args), given, plan)
+                contend(row, name, lambda c, call=call: call(*c.args, **c.kwargs), given, plan)
         if row.state == "ok" and "padded" in plan.contenders and plan.kernels_run:
             with padded_rows() as widths:
                 spec.launch(*given[0].args, **given[0].kwargs)

@@ -132,14 +132,10 @@ def split(bench: Bench, dit: DiT, steps: int) -> dict[str, float]:
     """Median seconds by operator, and `total`, of eager block-steps."""
     samples: dict[str, list[float]] = {}
     for _ in range(steps):
-        watch, attention = timing.Stopwatch(bench.device), dit.attention
+        watch = timing.Stopwatch(bench.device)
         operators = SimpleNamespace(**{n: watch.wrap(f, n) for n, f in vars(dit.ops).items() if callable(f)})
-        own, text = (watch.wrap(attention, label) for label in ("self-attention", "text attention"))
-
-        def attend(*args: Any, own: Any = own, text: Any = text) -> Any:
-            return (text if args[4] is None else own)(*args)
-
-        attentions = {"attention": attend, "attention_fp8": watch.wrap(dit.attention_fp8, "self-attention")}
+        labels = dict.fromkeys(("attention", "attention_fp8"), "self-attention") | {"text_attention": "text attention"}
+        attentions = {name: watch.wrap(getattr(dit, name), label) for name, label in labels.items()}
         with mock.patch.object(dit, "ops", operators), mock.patch.multiple(dit, **attentions):
             timing.wait(bench.device)
             begin = watch.mark()

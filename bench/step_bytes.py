@@ -30,7 +30,7 @@ def launches(config: DiTConfig, geometry: Geometry, fp8: str = "") -> Launches:
     yield 1, norm.cost_residual_norm(0, 1, products), rows  # before the first layer
     yield layers, rope.cost_quantized if attention else rope.cost, heads
     yield layers, norm.cost_residual_norm(1, 1, products), rows  # after self-attention
-    yield layers, norm.cost_rms_norm, rows  # the text's queries
+    yield layers, norm.cost_inverse_rms, rows  # the factors of the text's queries
     yield layers, norm.cost_residual_norm(2, 1, products), rows  # before the feed-forward
     yield layers, feedforward.cost_quantized if products else feedforward.cost, wide
     # After the feed-forward: sound's norm and, behind its attention, the next layer's; the last one is the head's.

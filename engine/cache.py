@@ -10,7 +10,7 @@ import torch
 
 from liverelay.engine.config import DiTConfig
 from liverelay.engine.models.geometry import REFERENCE_POSITION, Geometry
-from liverelay.kernels.contract import FP8, head_scales, transposed
+from liverelay.kernels.contract import FP8, transposed
 
 
 class Arena:
@@ -19,7 +19,7 @@ class Arena:
     `k`, `v` [L, N, H, d] with N = geometry.arena_tokens; `reference_k` [L, P, H, d] keeps the reference frame's keys
     before RoPE, from which they are rotated anew when their position moves; `reference_position` is where they are.
     With `sink_only` there is no ring: the shadow in which a new sink is made while the old one is in use.
-    For FP8 attention k and v are e4m3, `k_scale` [L, H, N] float32 belongs to k, and v's tokens are contiguous.
+    For FP8 attention k and v are e4m3, and v's tokens are contiguous.
     """
 
     def __init__(
@@ -31,7 +31,6 @@ class Arena:
         shape = (config.num_layers, geometry.sink_tokens if sink_only else geometry.arena_tokens, *heads)
         self.k = torch.zeros(shape, device=device, dtype=FP8 if fp8 else dtype)
         self.v = transposed(shape, device) if fp8 else torch.zeros_like(self.k)
-        self.k_scale = head_scales((shape[0], shape[2], shape[1]), device) if fp8 else None
         self.reference_k = torch.zeros(
             (config.num_layers, geometry.frame_tokens, *heads), device=device, dtype=dtype
         )
@@ -43,8 +42,7 @@ class Arena:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of its memory by name: what a snapshot holds, with `reference_position`."""
-        named = {"k": self.k, "v": self.v, "reference_k": self.reference_k}
-        return named if self.k_scale is None else named | {"k_scale": self.k_scale}
+        return {"k": self.k, "v": self.v, "reference_k": self.reference_k}
 
     def reset(self) -> None:
         """Back to the state of a new session: unwritten ring rows are zero, as in the published caches."""
@@ -58,6 +56,4 @@ class Arena:
         self.k[:, :sink].copy_(other.k[:, :sink])
         self.v[:, :sink].copy_(other.v[:, :sink])
         self.reference_k.copy_(other.reference_k)
-        if self.k_scale is not None and other.k_scale is not None:
-            self.k_scale[:, :, :sink].copy_(other.k_scale[:, :, :sink])
         self.reference_position = other.reference_position

@@ -1,8 +1,8 @@
 """Who computes attention: our kernels or a library's, whatever is fastest on this device and right.
 
-All take (q, k, v, out, place) as `torch_ops.attention` does. Before its first start on a device the engine runs every
-candidate on the real shapes (`attention_trials`), drops what fails or differs from float32 PyTorch by more than its
-dtype allows, and takes the fastest.
+All take the arguments of `torch_ops.attention`, libraries all but scales. Before its first start on a device the
+engine runs every candidate on the real shapes (`attention_trials`), drops what fails or differs from float32 PyTorch by
+more than its dtype allows, and takes the fastest.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from liverelay.kernels import dispatch, torch_ops
-from liverelay.kernels.contract import FP8, Place, Scales, head_scales, transposed
+from liverelay.kernels.contract import FP8, Place, Scales, transposed
 
-Attention = Callable[..., Tensor]  # (q, k, v, out, place), and in FP8 scales
+Attention = Callable[..., Tensor]  # see `torch_ops.attention`
 NAMES = (
     "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "flash-attn", "triton-pointer", "triton-descriptor",
     "triton-specialised",
@@ -56,13 +56,20 @@ def library(operator: Callable[..., Any], *arguments: Any) -> Attention:
     `F.scaled_dot_product_attention` decides among them by switches of the process, which other stages depend on.
     """
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, *, q_factor: Tensor | None = None
+    ) -> Tensor:
         rows = k.shape[0] if place is None else place.valid
-        heads_first = (part.transpose(0, 1).unsqueeze(0) for part in (q, k[:rows], v[:rows]))
+        heads_first = (part.transpose(0, 1).unsqueeze(0) for part in (scaled(q, q_factor), k[:rows], v[:rows]))
         attended = operator(*heads_first, *arguments)[0]
         return out.copy_(attended.squeeze(0).transpose(0, 1))
 
     return attention
+
+
+def scaled(q: Tensor, q_factor: Tensor | None) -> Tensor:
+    """Queries times their factors, for a library that knows none: a pass that our kernels do without."""
+    return q if q_factor is None else torch.mul(q, q_factor[:, None, None], out=torch.empty_like(q))
 
 
 def libraries() -> dict[str, Attention]:
@@ -88,9 +95,11 @@ def flash_attention() -> Attention | None:
 def through(flash_attn_func: Callable[..., Any]) -> Attention:
     """flash-attn's function with our arguments; some generations return the log-sums too."""
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, *, q_factor: Tensor | None = None
+    ) -> Tensor:
         rows = k.shape[0] if place is None else place.valid
-        result = flash_attn_func(q.unsqueeze(0), k[:rows].unsqueeze(0), v[:rows].unsqueeze(0))
+        result = flash_attn_func(scaled(q, q_factor).unsqueeze(0), k[:rows].unsqueeze(0), v[:rows].unsqueeze(0))
         result = result[0] if isinstance(result, tuple) else result
         return out.copy_(result.view(out.shape))
 
@@ -163,9 +172,9 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def random_operands(
-    shape: tuple[int, int, int, int], like: Tensor, fp8: bool
-) -> tuple[list[Tensor], list[Tensor], list[Scales]]:
-    """q, k, v as the kernels take them, the values in float32 that they stand for, and in FP8 their scales."""
+    shape: tuple[int, int, int, int], like: Tensor, fp8: bool, q_factor: bool
+) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
+    """q, k, v as the kernels take them, the values in float32 that they stand for, and what that takes besides."""
     tokens, rows, heads, head_dim = shape
     rng = torch.Generator(device=like.device).manual_seed(0)
 
@@ -174,29 +183,33 @@ def random_operands(
         return values.to(FP8 if fp8 else like.dtype)
 
     given = [noise(tokens), noise(rows), noise(rows)]
-    values = [tensor.float() for tensor in given]
+    values = [tensor.to(torch.float32, copy=True) for tensor in given]
+    more: dict[str, Any] = {}
+    if q_factor:
+        more["q_factor"] = 0.5 + torch.rand(tokens, generator=rng, device=like.device)
+        values[0].mul_(more["q_factor"][:, None, None])
     if not fp8:
-        return given, values, []
-    q_scale, k_scale = (
-        head_scales((heads, n), like.device).copy_(0.5 + torch.rand(heads, n, generator=rng, device=like.device))
-        for n in (tokens, rows)
-    )
+        return given, values, more
     given[2] = transposed(shape[1:], like.device).copy_(given[2])
-    values[0].mul_(q_scale.t().unsqueeze(2))
-    values[1].mul_(k_scale.t().unsqueeze(2))
-    values[2].mul_(0.5)
-    return given, values, [Scales(q_scale, k_scale, 0.5)]
+    of_q, of_k = (0.5 + torch.rand(heads, generator=rng, device=like.device) for _ in range(2))
+    scales = Scales(of_q, of_k, 0.5)
+    values[0].mul_(scales.q[:, None])
+    values[1].mul_(scales.k[:, None])
+    values[2].mul_(scales.v)
+    return given, values, more | {"scales": scales}
 
 
 def try_out(
-    found: Mapping[str, Attention], shape: tuple[int, int, int, int], like: Tensor, *, fp8: bool = False
+    found: Mapping[str, Attention], shape: tuple[int, int, int, int], like: Tensor, *, fp8: bool = False,
+    q_factor: bool = False,
 ) -> list[Trial]:
     """Run every candidate on random tensors; shape: tokens, rows, heads, head size; like: gives device and dtype.
 
+    fp8: on codes with their scales; q_factor: each query has a factor, for which a library needs one more pass.
     A library that is missing or does not take the shape raises its own error, which becomes the trial's fault.
     """
     tokens, rows = shape[:2]
-    (q, k, v), values, scales = random_operands(shape, like, fp8)
+    (q, k, v), values, more = random_operands(shape, like, fp8, q_factor)
     valid = max(1, rows - 1)
     k[valid:], v[valid:] = float("nan"), float("nan")  # what lies behind the valid rows must not matter
     place, out = Place.make(like.device).fill(0, valid, False), torch.empty_like(q, dtype=like.dtype)
@@ -210,10 +223,10 @@ def try_out(
     for name, attention in found.items():
         try:
             out.fill_(float("nan"))
-            attention(q, k, v, out, place, *scales)
+            attention(q, k, v, out, place, **more)
             error = float((out[part].float() - exact).norm() / exact.norm())
             fault = "" if error <= allowed else f"its error is {error:.1e}, at most {allowed:.1e} is allowed"
-            seconds = seconds_of(functools.partial(attention, q, k, v, out, place, *scales), like.device)
+            seconds = seconds_of(functools.partial(attention, q, k, v, out, place, **more), like.device)
             trials.append(Trial(name, seconds, error, fault))
         except Exception as problem:  # of somebody else's library: whatever it raises, we do without it
             line = (str(problem).strip() or repr(problem)).splitlines()[0]

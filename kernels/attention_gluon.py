@@ -1,8 +1,6 @@
 """`attention_specialised`, also of FP8: kernels/attention.py for sm_90, where warps have different work (Gluon).
 
-Math: softmax(q k^T / sqrt(d)) v over the first `valid` rows of k and v; online softmax in base 2, float32 accumulators,
-probabilities rounded to the working dtype before the second product. q, out [T, H, d]; k, v [N, H, d].
-Bytes: (2 T + 2 valid) H d * element size; FLOPs: 4 T valid H d. Source: spec dit.md 7.3.
+Shapes, math, bytes and FLOPs are those of kernels/attention.py.
 
 A program has 128 queries in shared memory. One warp loads (TMA); two groups of four warps have 64 queries each. A group
 starts q k^T of the next tile of keys and p v of this one together, and computes the softmax of the next tile while p v
@@ -16,12 +14,11 @@ of `full`; the producer waits for the phase before it of `empty`, which a new ba
 into those rows, fences, and arrives at `full` itself. The output is stored by TMA; its buffer is written again after
 the store has read it.
 
-FP8 (e4m3 codes and scales as in kernels/attention.py; v [H d, N]) differs in three places. Sums of FP8 products keep
-some 14 bits, so the second product of each tile is a sum of its own, added in float32. Scales of keys come with their
-tile. And weights leave the first product in other threads than the second wants them in: of each 16 keys a thread has
-2 t, 2 t + 1, 2 t + 8, 2 t + 9 where it needs 4 t to 4 t + 3. So keys are shuffled, which softmax does not mind: a view
-of five dimensions lets TMA put row 4 t + 2 h + j of each 16 at 8 h + 2 t + j. Only in the last tile, which may end
-anywhere, do keys keep their order and weights move between threads.
+FP8 (v [H d, N]) differs in two places. Sums of FP8 products keep some 14 bits, so the second product of each tile is a
+sum of its own, added in float32 while the next first product runs. And weights leave the first product in other threads
+than the second wants them in: of each 16 keys a thread has 2 t, 2 t + 1, 2 t + 8, 2 t + 9 where it needs 4 t to
+4 t + 3. So keys are shuffled, which softmax does not mind: a view of five dimensions lets TMA put row 4 t + 2 h + j of
+each 16 at 8 h + 2 t + j. Only in the last tile, which may end anywhere, do keys keep their order and weights move.
 """
 
 from __future__ import annotations
@@ -63,20 +60,23 @@ UNPACK = gl.constexpr("mov.b32 $0, $1;")
 
 
 @gluon.jit
+def turn_of(step, STAGES: gl.constexpr):
+    """The stage of a step and the phase of its barriers: bits of it, because STAGES is a power of two."""
+    return step & (STAGES - 1), (step & STAGES) // STAGES
+
+
+@gluon.jit
 def emptied(empty, step, STAGES: gl.constexpr):
     """The stage of a step, once its readers have ended."""
-    stage = step % STAGES
-    mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+    stage, phase = turn_of(step, STAGES)
+    mbarrier.wait(empty.index(stage), phase ^ 1)
     return stage
 
 
 @gluon.jit
 def corner(descriptor, row, head, TURNED: gl.constexpr):
     """Where in memory a head's tile starts whose first token is `row`; TURNED: it is [channels, tokens]."""
-    if TURNED:
-        return (head * descriptor.block_type.shape[0], row)
-    else:
-        return (row, head * descriptor.block_type.shape[1])
+    return (head * descriptor.block_type.shape[0], row) if TURNED else (row, head * descriptor.block_type.shape[1])
 
 
 @gluon.jit
@@ -90,19 +90,14 @@ def load_tile(descriptor, row, head, queue, step, STAGES: gl.constexpr, TURNED: 
 
 @gluon.jit
 def load_keys(sources, row, head, queue, step, LAST: gl.constexpr, STAGES: gl.constexpr, FP8: gl.constexpr):
-    """`load_tile` of keys, in FP8 with their scales and shuffled, but for the last tile."""
-    k, shuffled, k_scales, k_scale_head, k_scales_s = sources
-    if FP8:
+    """`load_tile` of keys, in FP8 shuffled, but for the last tile."""
+    k, shuffled = sources
+    if FP8 and not LAST:
         buffers, full, empty = queue
         stage = emptied(empty, step, STAGES)
-        mbarrier.expect(full.index(stage), k.block_type.nbytes + k_scales.block_type.nbytes)
-        copy_in(k_scales, [head * k_scale_head + row], full.index(stage), k_scales_s.index(stage))
-        if LAST:
-            copy_in(k, corner(k, row, head, False), full.index(stage), buffers.index(stage))
-        else:
-            tile = buffers.index(stage).reshape(shuffled.block_type.shape)
-            column = head * k.block_type.shape[1]
-            copy_in(shuffled, [row // 16, 0, 0, 0, column], full.index(stage), tile)
+        mbarrier.expect(full.index(stage), k.block_type.nbytes)
+        tile = buffers.index(stage).reshape(shuffled.block_type.shape)
+        copy_in(shuffled, [row // 16, 0, 0, 0, head * k.block_type.shape[1]], full.index(stage), tile)
     else:
         load_tile(k, row, head, queue, step, STAGES, False)
 
@@ -156,9 +151,7 @@ def produce(q, v, sources, raw, queues, work, STAGES: gl.constexpr, FP8: gl.cons
     """The loading warp. Order as the consumers need it: keys of the next step before values of this one."""
     queries, keys, values = queues
     q_s, q_full, q_empty = queries
-    tiles_m, tiles, valid = work
-    last = gl.maximum(gl.cdiv(valid, TILE_N) - 1, 0)
-    left = valid - last * TILE_N
+    tiles_m, tiles, last, left = work
     step = 0  # tiles of values so far
     turn = 0  # parity of the tiles of queries so far
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -181,10 +174,9 @@ def produce(q, v, sources, raw, queues, work, STAGES: gl.constexpr, FP8: gl.cons
 
 
 @gluon.jit
-def shuffled_scales(scales, LAYOUT: gl.constexpr, COLUMN: gl.constexpr):
-    """Scales in the order of shuffled keys; each thread reads those of four keys that follow each other."""
-    keys = scales.load(LAYOUT).reshape([TILE_N // 16, 4, 2, 2]).permute([0, 2, 1, 3]).reshape([TILE_N])
-    return gl.convert_layout(keys, COLUMN, assert_trivial=True)
+def partial_sums(shares):
+    """Row sums of the shares that each thread holds [HALF, 4]: four threads share a row."""
+    return gl.sum(gl.sum(shares.reshape([HALF, TILE_N // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
@@ -204,14 +196,23 @@ def mix(weights, tile, mixed, FP8: gl.constexpr):
     """Start the second product: added to `mixed`, or in FP8, whose sums keep some 14 bits, a sum of its own."""
     if FP8:
         weights = gl.inline_asm_elementwise(UNPACK, "=r,r,r,r,r", [weights], tile.dtype, True, 4)
-        return warpgroup_mma(weights, tile.permute((1, 0)), gl.zeros_like(mixed), use_acc=False, is_async=True)
+        return warpgroup_mma(weights, tile.permute((1, 0)), mixed, use_acc=False, is_async=True)
     else:
         return warpgroup_mma(weights, tile, mixed, is_async=True)
 
 
 @gluon.jit
-def consume(WHICH: gl.constexpr, out, out_s, queues, work, scaling, HEAD_DIM: gl.constexpr,
-            STAGES: gl.constexpr, FP8: gl.constexpr):  # fmt: skip
+def settled(mixed, product, fade, shrink, FP8: gl.constexpr):
+    """What the last product left to do: its own sum is added to the others, or the one sum comes to a new level."""
+    if FP8:
+        return mixed * fade[:, None] + product, product
+    else:
+        return mixed, product * shrink[:, None]
+
+
+@gluon.jit
+def consume(WHICH: gl.constexpr, out, out_s, queues, work, scaling, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+            FP8: gl.constexpr, HAS_Q_FACTOR: gl.constexpr):  # fmt: skip
     """Four warps that compute half WHICH of every tile of queries."""
     DEPTH: gl.constexpr = 32 if FP8 else 16  # of one wgmma
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE_N, DEPTH])
@@ -220,80 +221,81 @@ def consume(WHICH: gl.constexpr, out, out_s, queues, work, scaling, HEAD_DIM: gl
     LIFT: gl.constexpr = 8.0 if FP8 else 0.0  # the largest share is 256, near the largest number of e4m3
     ROW: gl.constexpr = gl.SliceLayout(1, MIXED)
     COLUMN: gl.constexpr = gl.SliceLayout(0, LOGITS)
-    queries, keys, values = queues
-    q_s, q_full, q_empty = queries
-    k_s, k_full, k_empty = keys
-    v_s, v_full, v_empty = values
-    tiles_m, tiles, valid = work
-    qk_scale, q_scales, q_scale_head, tokens, v_scale, k_scales_s = scaling
+    q_s, q_full, q_empty = queues[0]
+    k_s, k_full, k_empty = queues[1]
+    v_s, v_full, v_empty = queues[2]
+    tiles_m, tiles, last, left = work
+    qk_scale, q_factor, q_scales, k_scales, tokens, v_scale = scaling
     q = q_s.index(WHICH)
-    last = gl.maximum(gl.cdiv(valid, TILE_N) - 1, 0)
-    left = valid - last * TILE_N
     nothing = gl.zeros([HALF, TILE_N], gl.float32, layout=LOGITS)
     step = 0
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        head = tile // tiles_m
         row = tile % tiles_m * (2 * HALF) + WHICH * HALF
+        scale = qk_scale
         if FP8:
-            token = row + gl.arange(0, HALF, layout=gl.SliceLayout(1, LOGITS))
-            place = tile // tiles_m * q_scale_head + token
-            scale = qk_scale * gl.load(q_scales + place, mask=token < tokens, other=1.0)  # it is positive
-        else:
-            scale = qk_scale
+            scale *= gl.load(q_scales + head) * gl.load(k_scales + head)
+        scale = gl.full([HALF], scale, gl.float32, layout=gl.SliceLayout(1, LOGITS))
+        if HAS_Q_FACTOR:
+            token = gl.minimum(gl.arange(0, HALF, layout=gl.SliceLayout(1, LOGITS)), tokens - 1 - row)
+            scale *= gl.load(q_factor + row + token)  # it is positive
         # The last tile of keys, alone: nothing to scale yet, and the only one that may have to be masked.
-        stage = step % STAGES
+        stage, phase = turn_of(step, STAGES)
         mbarrier.wait(q_full.index(WHICH), turn)
-        mbarrier.wait(k_full.index(stage), step // STAGES & 1)
+        mbarrier.wait(k_full.index(stage), phase)
         asked = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(0, deps=(asked,))
-        if FP8:
-            logits *= k_scales_s.index(stage).load(COLUMN)[None, :]
         mbarrier.arrive(k_empty.index(stage), count=1)
         logits = gl.where((gl.arange(0, TILE_N, layout=COLUMN) < left)[None, :], logits, float("-inf"))
-        highest = gl.max(logits, 1) * scale - LIFT
-        shares = gl.exp2(logits * (scale[:, None] if FP8 else scale) - highest[:, None])
-        total = gl.sum(shares, 1)
-        shrink = gl.zeros_like(total)
+        level = gl.max(logits, 1) * scale - LIFT
+        shares = gl.exp2(logits * scale[:, None] - level[:, None])
+        total = partial_sums(shares)
         weights = rounded(shares, q_s.dtype, WEIGHTS, False, FP8)
         mixed = gl.zeros([HALF, HEAD_DIM], gl.float32, layout=MIXED)
-        mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1, pred=last > 0)
+        product = mixed
+        # Two values, because of `fade = shrink`: begun as one, Triton 3.6 would hold `fade` for a constant of the loop.
+        shrink = gl.full([HALF], 1.0, gl.float32, layout=ROW)
+        fade = gl.full([HALF], 1.0, gl.float32, layout=ROW)
+        after, phase_after = turn_of(step + 1, STAGES)
+        mbarrier.wait(k_full.index(after), phase_after, pred=last > 0)
         for back in range(0, last):
-            stage = step % STAGES
-            after = (step + 1) % STAGES
             asked = warpgroup_mma(q, k_s.index(after).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(stage), step // STAGES & 1)
-            mixing = mix(weights, v_s.index(stage), mixed, FP8)
+            mixed, product = settled(mixed, product, fade, shrink, FP8)  # while the tensor cores have work
+            fade = shrink
+            mbarrier.wait(v_full.index(stage), phase)
+            mixing = mix(weights, v_s.index(stage), product, FP8)
             logits = warpgroup_mma_wait(1, deps=(asked,))
-            if FP8:
-                logits *= shuffled_scales(k_scales_s.index(after), gl.SliceLayout(0, WEIGHTS), COLUMN)[None, :]
-                mixed = mixed * gl.convert_layout(shrink, ROW)[:, None]  # an iteration late: one multiply-add
             mbarrier.arrive(k_empty.index(after), count=1)
-            above = gl.maximum(highest, gl.max(logits, 1) * scale - LIFT)
-            shrink = gl.exp2(highest - above)
-            shares = gl.exp2(logits * (scale[:, None] if FP8 else scale) - above[:, None])
-            total = total * shrink + gl.sum(shares, 1)
-            highest = above
+            peak = gl.max(logits, 1) * scale - LIFT
+            above = gl.maximum(level, peak)
+            shrink = gl.convert_layout(gl.exp2(level - above), ROW)
+            shares = gl.exp2(logits * scale[:, None] - above[:, None])
+            total *= gl.convert_layout(shrink[:, None], total.type.layout, assert_trivial=True)
+            total += partial_sums(shares)
+            level = above
             # The wait for the next keys stands here because ptxas moves no instruction over its loop. Without it the
             # second product is waited for first and the softmax comes after it: nothing would overlap.
-            mbarrier.wait(k_full.index((step + 2) % STAGES), (step + 2) // STAGES & 1, pred=back + 1 < last)
+            following, phase_following = turn_of(step + 2, STAGES)
+            mbarrier.wait(k_full.index(following), phase_following, pred=back + 1 < last)
             product = warpgroup_mma_wait(0, deps=(mixing,))
             mbarrier.arrive(v_empty.index(stage), count=1)
-            mixed = mixed + product if FP8 else product * gl.convert_layout(shrink, ROW)[:, None]
+            stage, phase, after, phase_after = after, phase_after, following, phase_following
             weights = rounded(shares, q_s.dtype, WEIGHTS, True, FP8)
             step += 1
         mbarrier.arrive(q_empty.index(WHICH), count=1)
-        stage = step % STAGES
-        mbarrier.wait(v_full.index(stage), step // STAGES & 1)
-        mixing = mix(weights, v_s.index(stage), mixed, FP8)
+        mbarrier.wait(v_full.index(stage), phase)
+        mixed, product = settled(mixed, product, fade, shrink, FP8)
+        mixing = mix(weights, v_s.index(stage), product, FP8)
         product = warpgroup_mma_wait(0, deps=(mixing,))
         mbarrier.arrive(v_empty.index(stage), count=1)
         if FP8:
-            product = mixed * gl.convert_layout(shrink, ROW)[:, None] + product
-        result = product * gl.convert_layout((v_scale if FP8 else 1.0) / total, ROW)[:, None]
+            product += mixed * shrink[:, None]
+        result = product * gl.convert_layout(v_scale / gl.sum(total, 1), ROW)[:, None]
         tma.store_wait(0)
         out_s.index(WHICH).store(result.to(out_s.dtype))
         fence_async_shared()
-        copy_out(out, [row, tile // tiles_m * HEAD_DIM], out_s.index(WHICH))
+        copy_out(out, [row, head * HEAD_DIM], out_s.index(WHICH))
         step += 1
         turn ^= 1
     tma.store_wait(0)
@@ -309,80 +311,76 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def attention_specialised_kernel(
-    q, k, v, out, scalars, shuffled, q_scales, k_scales, q_scale_head, k_scale_head, tokens, heads, rows, qk_scale,
-    v_scale, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, HAS_PLACE: gl.constexpr, FP8: gl.constexpr,
+    q, k, v, out, shuffled, scalars, q_factor, q_scales, k_scales, tokens, heads, rows, qk_scale, v_scale,
+    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, HAS_PLACE: gl.constexpr, HAS_Q_FACTOR: gl.constexpr,
+    FP8: gl.constexpr,
 ):  # fmt: skip
     valid = gl.load(scalars + 1) if HAS_PLACE else rows
     tiles_m = gl.cdiv(tokens, 2 * HALF)
     tiles = tiles_m * heads
+    last = gl.maximum(gl.cdiv(valid, TILE_N) - 1, 0)  # tile of keys
+    left = valid - last * TILE_N
     q_s = gl.allocate_shared_memory(q.dtype, [2, HALF, HEAD_DIM], q.layout)
     k_s = gl.allocate_shared_memory(k.dtype, [STAGES, TILE_N, HEAD_DIM], k.layout)
     v_s = gl.allocate_shared_memory(v.dtype, [STAGES, v.block_type.shape[0], v.block_type.shape[1]], v.layout)
     out_s = gl.allocate_shared_memory(out.dtype, [2, HALF, HEAD_DIM], out.layout)
-    k_scales_s = gl.allocate_shared_memory(gl.float32, [STAGES, TILE_N], k_scales.layout) if FP8 else k_s
-    raw = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(raw, count=1)
+    raw = barriers(1, 1).index(0)
     queries = (q_s, barriers(2, 1), barriers(2, 1))  # each half has one reader
     keys = (k_s, barriers(STAGES, 1), barriers(STAGES, 2))  # both halves read every tile of keys and values
     values = (v_s, barriers(STAGES, 1), barriers(STAGES, 2))
     fence_async_shared()
     queues = (queries, keys, values)
-    work = (tiles_m, tiles, valid)
-    scaling = (qk_scale, q_scales, q_scale_head, tokens, v_scale, k_scales_s)
-    sources = (k, shuffled, k_scales, k_scale_head, k_scales_s)
+    work = (tiles_m, tiles, last, left)
+    scaling = (qk_scale, q_factor, q_scales, k_scales, tokens, v_scale)
     gl.warp_specialize(
         [
-            (consume, (0, out, out_s, queues, work, scaling, HEAD_DIM, STAGES, FP8)),
-            (consume, (1, out, out_s, queues, work, scaling, HEAD_DIM, STAGES, FP8)),
-            (produce, (q, v, sources, raw, queues, work, STAGES, FP8)),
+            (consume, (0, out, out_s, queues, work, scaling, HEAD_DIM, STAGES, FP8, HAS_Q_FACTOR)),
+            (consume, (1, out, out_s, queues, work, scaling, HEAD_DIM, STAGES, FP8, HAS_Q_FACTOR)),
+            (produce, (q, v, (k, shuffled), raw, queues, work, STAGES, FP8)),
         ],
         [4, 1], REGISTERS,
     )  # fmt: skip
 
 
-def descriptors(name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, k_scales: Tensor | None) -> tuple[Any, ...]:
-    """Of q, k, v, out, shuffled keys and their scales, as the kernel copies them; ValueError where TMA cannot."""
+def descriptors(name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Any, ...]:
+    """Of q, k, v, out and shuffled keys, as the kernel copies them; ValueError where TMA cannot."""
     (rows, heads, head_dim), half, tile_n = k.shape, HALF.value, TILE_N.value
 
     def describe(what: str, tensor: Tensor, block: list[int], **more: Any) -> Any:
-        layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES.get(tensor.dtype, gl.float32))
+        layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[tensor.dtype])
         return tma_descriptor(name, what, tensor, block, layout, **more)
 
-    keys = shuffled = scale = describe("k", k.flatten(1), [tile_n, head_dim])
-    if k_scales is None:
+    keys = shuffled = describe("k", k.flatten(1), [tile_n, head_dim])
+    if q.dtype != FP8:
         values = describe("v", v.flatten(1), [tile_n, head_dim])
     else:
-        values = describe("v", attention.channels(name, v), [head_dim, tile_n])
-        width, stride = heads * head_dim, k_scales.stride(0)
+        values, width = describe("v", attention.channels(name, v), [head_dim, tile_n]), heads * head_dim
         groups = (rows // 16, 2, 4, 2, width) if rows >= 16 else (1, 1, 1, 1, width)  # only the last tile has others
         turned = k.as_strided(groups, (16 * width, 2 * width, 4 * width, width, 1))
         shuffled = describe("the shuffled k", turned, [tile_n // 16, 2, 4, 2, head_dim])
-        flat = k_scales.as_strided(((heads - 1) * stride + rows,), (1,))
-        scale = describe("the scale of k", flat, [tile_n], start=stride if heads > 1 else 0)
     return (describe("q", q.flatten(1), [half, head_dim]), keys, values,
-            describe("out", out.flatten(1), [half, head_dim], stored=True), shuffled, scale)  # fmt: skip
+            describe("out", out.flatten(1), [half, head_dim], stored=True), shuffled)  # fmt: skip
 
 
 def attention_specialised(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, scales: Scales | None = None
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, scales: Scales | None = None,
+    q_factor: Tensor | None = None,
 ) -> Tensor:
     """Attention by loading and computing warps (wgmma, TMA): 8 and 16 bits, head sizes 32, 64, 128; sm_90."""
     name = "specialised attention"
-    tokens, heads, head_dim, rows = attention.checked(name, q, k, v, out, scales)
+    tokens, heads, head_dim, rows = attention.checked(name, q, k, v, out, scales, q_factor)
     dense = all(part.is_contiguous() for part in (q, k, out, *([v] if scales is None else [])))
     if head_dim not in (32, 64, 128) or not dense or not {q.dtype, out.dtype} <= set(DTYPES):
         refuse(name, f"needs contiguous tensors of 8 or 16 bits, head size 32, 64 or 128, not {q.dtype} {head_dim}")
     if arch(q) not in (0, 90):
         refuse(name, f"needs sm_90, not {arch_name(arch(q))}")
-    q_scale, k_scale, v_scale = (q, None, 1.0) if scales is None else (scales.q, scales.k, scales.v)
-    *made, shuffled, k_scales = descriptors(name, q, k, v, out, k_scale)
-    q_scale_head, k_scale_head = (0, 0) if k_scale is None else (q_scale.stride(0), k_scale.stride(0))
-    tiles = triton.cdiv(tokens, 2 * HALF.value) * heads
+    *factors, v_scale = attention.scale_arguments(q, scales, q_factor)
     stages = 2 if head_dim * q.element_size() > 128 else 4  # of keys and of values: what 227 KiB of shared memory hold
     run(
-        attention_specialised_kernel, min(tiles, processors(q)), *made, q if place is None else place.scalars, shuffled,
-        q_scale, k_scales, q_scale_head, k_scale_head, tokens, heads, rows, head_dim**-0.5 * attention.LOG2_E, v_scale,
-        HEAD_DIM=head_dim, STAGES=stages, HAS_PLACE=place is not None, FP8=scales is not None, num_warps=4,
+        attention_specialised_kernel, min(triton.cdiv(tokens, 2 * HALF.value) * heads, processors(q)),
+        *descriptors(name, q, k, v, out), q if place is None else place.scalars, *factors, tokens, heads, rows,
+        head_dim**-0.5 * attention.LOG2_E, v_scale, HEAD_DIM=head_dim, STAGES=stages, HAS_PLACE=place is not None,
+        HAS_Q_FACTOR=q_factor is not None, FP8=scales is not None, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -43,7 +43,8 @@ class Setting:
     """What candidates are tried on.
 
     factory: gives them by name, from a device and whether Triton works there; a function of a module, because the
-    other process imports it too. shape: tokens, rows, heads, head size; fp8: operands are e4m3 codes with scales.
+    other process imports it too. shape: tokens, rows, heads, head size; fp8: operands are e4m3 codes with scales;
+    q_factor: each query has a factor.
     """
 
     factory: Factory
@@ -52,6 +53,7 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     fp8: bool = False
+    q_factor: bool = False
 
 
 def try_apart(
@@ -86,7 +88,8 @@ class _Process:
         request = {
             "path": sys.path, "names": list(names), "triton_works": setting.triton_works, "shape": setting.shape,
             "factory": f"{setting.factory.__module__}:{setting.factory.__qualname__}", "fp8": setting.fp8,
-            "device": str(setting.device), "dtype": str(setting.dtype).removeprefix("torch."),
+            "q_factor": setting.q_factor, "device": str(setting.device),
+            "dtype": str(setting.dtype).removeprefix("torch."),
         }  # fmt: skip
         self._running, self._over = "", False
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
@@ -211,7 +214,8 @@ def main(given: Mapping[str, Any]) -> None:
             tell(trial=asdict(failed(name, "it could not be tried: another process does not find it", False)))
             continue
         with torch.inference_mode():
-            (trial,) = try_out({name: found[name]}, tuple(given["shape"]), like, fp8=given["fp8"])
+            options = {option: given[option] for option in ("fp8", "q_factor")}
+            (trial,) = try_out({name: found[name]}, tuple(given["shape"]), like, **options)
         if broken := alive(like):
             tell(trial=asdict(failed(name, f"it crashed: {broken}"[:120], True)))
             break

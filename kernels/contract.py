@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,15 +30,21 @@ class Norm:
 
 @dataclass(frozen=True)
 class Scales:
-    """What the e4m3 codes of an attention's operands stand for: value = code * scale.
+    """What the e4m3 codes of a layer's attention stand for: value = code * scale, fixed when its weights are loaded.
 
-    q [H, T], k [H, N] float32 from `head_scales`, one for every head of a token; v: one number for all of a layer,
-    fixed by its weights, so that the second product needs no scale for each key.
+    q, k [H] float32, one for each head; v: one number. e4m3 is a float format, so that a scale only has to keep
+    values in range, and none of them is looked up for a single key. Queries and keys are those of
+    `torch_ops.hadamard`.
     """
 
     q: Tensor
     k: Tensor
     v: float
+
+
+def hadamard_block(head_dim: int) -> int:
+    """How many neighbours in a head are transformed together: 16, or the largest power of two below that divides it."""
+    return math.gcd(head_dim, 16)
 
 
 def transposed(shape: tuple[int, ...], device: torch.device | str) -> Tensor:
@@ -48,15 +55,6 @@ def transposed(shape: tuple[int, ...], device: torch.device | str) -> Tensor:
     *outer, rows, heads, head_dim = shape
     stored = torch.zeros(*outer, heads, head_dim, -(-rows // 16) * 16, device=device, dtype=FP8)
     return stored.movedim(-1, -3)[..., :rows, :, :]
-
-
-def head_scales(shape: tuple[int, ...], device: torch.device | str) -> Tensor:
-    """Zeros [..., H, N] float32 whose N is contiguous, each head's first scale at a multiple of 16 bytes.
-
-    Of q and k in FP8 attention: TMA copies scales from a head's start on, and takes no other addresses.
-    """
-    *outer, heads, rows = shape
-    return torch.zeros(*outer, heads, -(-rows // 4) * 4, device=device)[..., :rows]
 
 
 @dataclass

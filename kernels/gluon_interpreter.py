@@ -267,6 +267,12 @@ def store_wait(pendings):
 # -- wgmma ------------------------------------------------------------------------------------------------------------
 
 
+def cut(total):
+    """What the tensor cores of sm_90 keep of a sum of FP8 products after each 32 of them: 14 bits, cut off."""
+    mantissa, exponent = torch.frexp(total)
+    return torch.ldexp((mantissa * 2**14).trunc(), exponent - 14)
+
+
 def warpgroup_mma(a, b, acc, *, use_acc=True, precision=None, max_num_imprecise_acc=None, is_async=False):
     partition, machine = here(), RUNNING[-1]
     bit = machine.event()
@@ -276,11 +282,15 @@ def warpgroup_mma(a, b, acc, *, use_acc=True, precision=None, max_num_imprecise_
     held = a if isinstance(a, gm.Memory) else Block(bare(a))
 
     def happen():
-        product = held.data.float() @ b.data.float()
-        before = acc.value if isinstance(acc, gm.Operation) else acc.data
-        if product.shape != before.shape or held.dtype != b.dtype:
-            raise Fault(f"wgmma of {held.shape} {held.dtype}, {b.shape} {b.dtype} into {list(before.shape)}")
-        return product + before if use_acc else product
+        total = acc.value if isinstance(acc, gm.Operation) else acc.data
+        if [held.shape[0], b.shape[1]] != list(total.shape) or held.dtype != b.dtype:
+            raise Fault(f"wgmma of {held.shape} {held.dtype}, {b.shape} {b.dtype} into {list(total.shape)}")
+        total = total if use_acc else torch.zeros_like(total)
+        if held.dtype != torch.float8_e4m3fn:
+            return total + held.data.float() @ b.data.float()
+        for left, right in zip(held.data.float().split(32, 1), b.data.float().split(32, 0), strict=True):
+            total = cut(total + left @ right)
+        return total
 
     operation = gm.Operation(machine, partition, bit, happen, ordered=True)
     partition.products.append(operation)

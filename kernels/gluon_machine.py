@@ -157,6 +157,8 @@ def here():
 class Block:
     """A tensor in registers; never changed in place."""
 
+    type = SimpleNamespace(layout=None)
+
     def __init__(self, data):
         self.data, self.dtype, self.shape = data, data.dtype, list(data.shape)
 

@@ -26,25 +26,8 @@ from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, poisoned, rando
 
 
 @triton.jit
-def saturated(value, dtype: tl.constexpr):
-    """e4m3 codes of a float32 tile; what is too large becomes 448, and a NaN stays one, as in PyTorch."""
-    value = tl.maximum(value, -448.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(value, 448.0, propagate_nan=tl.PropagateNan.ALL).to(dtype)
-
-
-@triton.jit
-def store_quantized(result, mask, out, places, scale_out, scale_places, AXIS: tl.constexpr = 1):
-    """Quantise a float32 tile, zero where nothing is, along an axis: codes to out + places, the scales to scale_out +
-    scale_places. The largest code is 448 by its scale: there is nothing to saturate."""
-    amax = tl.maximum(tl.max(tl.abs(result), axis=AXIS, keep_dims=True), 1e-30)
-    tl.store(out + places, (result * (448.0 / amax)).to(out.dtype.element_ty), mask=mask)
-    live = tl.max(mask.to(tl.int32), axis=AXIS, keep_dims=True) > 0
-    tl.store(scale_out + scale_places, amax / 448.0, mask=live)
-
-
-@triton.jit
 def own_rows(tokens, ROWS: tl.constexpr):
-    """The rows of this program [ROWS, 1], and which of them there are; that one row is there needs no comparison."""
+    """The rows of this program [ROWS, 1], and which of them exist: a program of one row always has it."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     live = row < tokens
     if ROWS == 1:

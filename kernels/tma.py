@@ -21,10 +21,9 @@ Of a copy:
 - shared memory starts at a multiple of 128 bytes, or of eight rows of a swizzle (`memory_fault`); a barrier, of 8.
   Triton's allocator sees to both where a whole buffer, or one entry of its first dimension, is the target.
 
-Who checks: launchers here, strides that become starts of copies among the rest; the ahead-of-time gate once more, with
-the boxes and the swizzle that the compiler chose (`compiled_faults`). Neither sees the starts of single copies, which
-exist in the kernel alone: those are checked in the interpreters, Gluon's copies in kernels/gluon_machine.py, Triton's
-loads and stores in kernels/interpreter.py.
+Who checks: launchers here; the ahead-of-time gate once more, with the boxes and the swizzle that the compiler chose
+(`compiled_faults`). Neither sees the starts of single copies, which exist in the kernel alone: those are checked in the
+interpreters, Gluon's copies in kernels/gluon_machine.py, Triton's loads and stores in kernels/interpreter.py.
 """
 
 from __future__ import annotations
@@ -102,20 +101,18 @@ class View:
 
 
 def descriptor(
-    kernel: str, what: str, tensor: Tensor, block: Sequence[int], layout: Any = None, *, start: int = 0,
-    stored: bool = False,
+    kernel: str, what: str, tensor: Tensor, block: Sequence[int], layout: Any = None, *, stored: bool = False
 ) -> Any:
     """A descriptor of a tensor or of a view of it: Gluon's where a layout of shared memory is given, else Triton's.
 
-    start: copies start in the innermost dimension at multiples of this many elements, plus whole blocks; stored: the
-    kernel writes through it. ValueError in one line, with the kernel and `what` the tensor is, where TMA
+    stored: the kernel writes through it. ValueError in one line, with the kernel and `what` the tensor is, where TMA
     cannot take it.
     """
     made = View(
         tensor.data_ptr(), tensor.dtype.itemsize, tuple(tensor.shape), tuple(tensor.stride()), tuple(block),
         0 if layout is None else layout.swizzle_byte_width,
     )  # fmt: skip
-    found = [*made.faults(), made.start_fault(start), made.store_fault() if stored else ""]
+    found = [*made.faults(), made.store_fault() if stored else ""]
     if fault := next(filter(None, found), ""):
         refuse(kernel, f"TMA cannot take {what}: {fault}")
     shape, strides = list(tensor.shape), list(tensor.stride())

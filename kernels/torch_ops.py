@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liverelay.kernels.contract import Norm, Place, Scales, Update
+from liverelay.kernels.contract import Norm, Place, Scales, Update, hadamard_block
 
 Table = tuple[Tensor, Tensor]  # cos and sin [T, d/2] float32 holding float16 values
 
@@ -106,44 +106,46 @@ def qk_norm_rope(
     place: Place,
     *,
     eps: float,
-    k_raw: Tensor | None = None,
     reference: tuple[Tensor, Table] | None = None,
+    scales: Scales | None = None,
 ) -> None:
     """Full-width RMS norm of q and k, RoPE, and the write of k into its arena rows.
 
     qk [T, 2D]; weights: RMS weights of q and k [D]; table: cos and sin [T, d/2]; outs: q [T, H, d], and one layer's
-    arena of keys [N, H, d], written from row place.row on; where both are e4m3, their scales [H, T] and [H, N] too.
-    k_raw [T, H, d], where given, receives k before RoPE. reference: the sink's reference keys before RoPE [P, H, d]
-    and their table, written to rows 0..P-1 where they move.
+    arena of keys [N, H, d], written from row place.row on; a third [T, H, d] receives k before RoPE. reference: the
+    sink's reference keys before RoPE [P, H, d] and their table, written to rows 0..P-1 where they move. With scales q
+    and the arena are e4m3 codes of what `hadamard` makes of them.
     """
     width = qk.shape[1] // 2
-    q_out, arena = outs[:2]
-    q_scale, k_scale = outs[2:] or (None, None)
-    raw = torch.empty(q_out.shape, dtype=qk.dtype, device=qk.device) if k_raw is None else k_raw
+    q_out, arena, *given = outs
+    raw = given[0] if given else torch.empty(q_out.shape, dtype=qk.dtype, device=qk.device)
+    q_scale, k_scale = (None, None) if scales is None else (scales.q, scales.k)
 
-    def turn(x: Tensor, angles: Table, out: Tensor, first: int, scale: Tensor | None) -> None:
-        rows = out[first : first + len(x)]
+    def turn(x: Tensor, angles: Table, out: Tensor, scale: Tensor | None) -> None:
         if scale is None:
-            rotate(x, *angles, out=rows)
+            rotate(x, *angles, out=out)
         else:
-            quantize_heads(rotate(x.float(), *angles, out=torch.empty(x.shape, device=x.device)), rows,
-                           scale[:, first : first + len(x)])  # fmt: skip
+            turned = rotate(x.float(), *angles, out=torch.empty(x.shape, device=x.device))
+            out.copy_((hadamard(turned) * (1 / scale)[:, None]).clamp_(-448, 448))
 
-    for part, weight, target in zip(
-        qk.split(width, dim=1), weights, ((q_out, 0, q_scale), (arena, place.row, k_scale)), strict=True
-    ):
+    targets = ((q_out, q_scale), (arena[place.row : place.row + len(qk)], k_scale))
+    for part, weight, target in zip(qk.split(width, dim=1), weights, targets, strict=True):
         rms_norm(part, weight, raw.view(-1, width), eps=eps)
         turn(raw, table, *target)
     if reference is not None and place.moved:
-        turn(*reference, arena, 0, k_scale)
+        turn(*reference, arena[: len(reference[0])], k_scale)
 
 
-def quantize_heads(x: Tensor, out: Tensor, scale_out: Tensor) -> None:
-    """x [T, H, d] to e4m3 codes, each head of a token with its own scale, written to scale_out [H, T]."""
-    codes, scale = torch.empty(x.shape, dtype=out.dtype, device=x.device), torch.empty(x.shape[:2], device=x.device)
-    quantize_rows(x.flatten(0, 1), codes.view(-1, x.shape[2]), scale.view(-1))
-    out.copy_(codes)
-    scale_out.copy_(scale.t())
+def hadamard(x: Tensor) -> Tensor:
+    """The Hadamard transform of each `hadamard_block` neighbours of a head, an orthogonal one; x [T, H, d].
+
+    Applied to queries and keys it changes no product, but where a few large elements decide the products, their e4m3
+    roundings would decide the error: transformed, sixteen roundings share in each of them (docs/fp8.md).
+    """
+    block = hadamard_block(x.shape[-1])
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(block)] for i in range(block)]
+    matrix = torch.tensor(signs, dtype=x.dtype, device=x.device) * block**-0.5
+    return (x.unflatten(-1, (-1, block)) @ matrix).flatten(-2)
 
 
 def store_values(v: Tensor, arena: Tensor, place: Place, scale: float) -> None:
@@ -152,14 +154,18 @@ def store_values(v: Tensor, arena: Tensor, place: Place, scale: float) -> None:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, scales: Scales | None = None
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, scales: Scales | None = None,
+    q_factor: Tensor | None = None,
 ) -> Tensor:
     """out = softmax(q k^T / sqrt(d)) v without mask, over the first place.valid rows of k and v (None: all).
 
-    q, out [T, H, d]; k, v [N, H, d], any strides but the last. With scales q, k and v are e4m3 codes.
+    q, out [T, H, d]; k, v [N, H, d], any strides but the last. With scales q, k and v are e4m3 codes. q_factor [T]
+    float32: a factor of every query, which is rounded; not of codes.
     """
     if place is not None:
         k, v = k[: place.valid], v[: place.valid]
+    if q_factor is not None:
+        q = (q.float() * q_factor[:, None, None]).to(q.dtype)
     if scales is not None:
         return _attention_fp8(q, k, v, out, scales)
     attended = F.scaled_dot_product_attention(
@@ -170,9 +176,9 @@ def attention(
 
 def _attention_fp8(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scales: Scales) -> Tensor:
     """Head by head in float32; the shares are e4m3 too, of which a row's largest is 256, and the sum of the exact."""
+    factors = scales.q * scales.k * q.shape[2] ** -0.5
     for head in range(q.shape[1]):
-        logits = (q[:, head].float() @ k[:, head].float().t()) * scales.q[head].unsqueeze(1)
-        logits = logits * scales.k[head, : len(k)] * q.shape[2] ** -0.5
+        logits = (q[:, head].float() @ k[:, head].float().t()) * factors[head]
         shares = 256 * torch.exp(logits - logits.amax(dim=1, keepdim=True))
         mixed = shares.to(v.dtype).float() @ v[:, head].float()
         out[:, head].copy_(mixed * (scales.v / shares.sum(dim=1, keepdim=True)))

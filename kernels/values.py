@@ -10,6 +10,8 @@ Bytes: T D (element size + 1); FLOPs: 3 for each element.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,6 @@ from torch import Tensor
 from liverelay.kernels import torch_ops
 from liverelay.kernels.contract import FP8, Place, transposed
 from liverelay.kernels.launch import check, next_power_of_two, refuse, run
-from liverelay.kernels.quant import saturated
 from liverelay.kernels.spec import Case, Cost, Dims, KernelSpec, random
 
 TOKENS = 128  # of a program, with one head
@@ -27,7 +28,7 @@ TOKENS = 128  # of a program, with one head
 @triton.jit
 def store_values_kernel(
     v, arena, scalars, v_stride, arena_head, arena_place, tokens, tiles, inverse, HEAD_DIM: tl.constexpr,
-    HEAD_TILE: tl.constexpr, TOKENS: tl.constexpr,
+    HEAD_TILE: tl.constexpr, TOKENS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head = (program // tiles).to(tl.int64)
@@ -35,8 +36,8 @@ def store_values_kernel(
     place = tl.arange(0, HEAD_TILE)
     source = v + token[:, None] * v_stride + head * HEAD_DIM + place[None, :]
     value = tl.load(source, mask=(token < tokens)[:, None] & (place < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
-    code = tl.trans(saturated(value * inverse, arena.dtype.element_ty))
-    row = tl.load(scalars).to(tl.int64) + token
+    code = tl.trans((value * inverse).to(arena.dtype.element_ty))  # the conversion clamps
+    row = tl.multiple_of(tl.load(scalars), ALIGNED).to(tl.int64) + token
     target = arena + head * arena_head + place[:, None] * arena_place + row[None, :]
     tl.store(target, code, mask=(place < HEAD_DIM)[:, None] & (token < tokens)[None, :])
 
@@ -51,13 +52,16 @@ def store_values(v: Tensor, arena: Tensor, place: Place, scale: float) -> None:
         refuse(name, f"the arena has {found}, expected [N, {heads}, {head_dim}] in float8_e4m3fn with stride 1 first")
     if head_dim > 1 and v.stride(1) != head_dim:
         refuse(name, f"the heads of v are not contiguous (strides {list(v.stride())})")
-    if not scale > 0 or place.row + tokens > rows:
-        refuse(name, f"scale {scale}, {tokens} tokens from row {place.row} on in {rows} rows")
+    # One launch serves every slot of the ring, and reads its row on the device: slots end at whole blocks from the end.
+    aligned = math.gcd(rows, tokens, 16)
+    if not scale > 0 or place.row + tokens > rows or place.row % aligned:
+        found = f"scale {scale}, {tokens} tokens from row {place.row} on in {rows} rows"
+        refuse(name, f"{found}; expected a positive one, and a row that is a multiple of {aligned}")
     tiles = triton.cdiv(tokens, TOKENS)
     run(
         store_values_kernel, tiles * heads, v, arena, place.scalars, v.stride(0), head_stride, place_stride, tokens,
-        tiles, 1.0 / scale, HEAD_DIM=head_dim, HEAD_TILE=next_power_of_two(head_dim), TOKENS=TOKENS, num_warps=8,
-        num_stages=1,
+        tiles, 1.0 / scale, HEAD_DIM=head_dim, HEAD_TILE=next_power_of_two(head_dim), TOKENS=TOKENS,
+        ALIGNED=aligned, num_warps=8, num_stages=1,
     )  # fmt: skip
 
 

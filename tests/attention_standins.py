@@ -18,24 +18,28 @@ from liverelay.kernels.contract import Place
 right = torch_ops.attention
 
 
-def slow(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
+def slow(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, **more: Tensor) -> Tensor:
     time.sleep(0.05)
-    return right(q, k, v, out, place)
+    return right(q, k, v, out, place, **more)  # type: ignore[arg-type]
 
 
-def wrong(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
-    return right(q, k, v, out, place).mul_(1.01)
+def wrong(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, **more: Tensor) -> Tensor:
+    return right(q, k, v, out, place, **more).mul_(1.01)  # type: ignore[arg-type]
 
 
-def noisy(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
+def noisy(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, **more: Tensor) -> Tensor:
     os.write(1, b'{"trial": "a library prints"}\n')
+    return right(q, k, v, out, place, **more)  # type: ignore[arg-type]
+
+
+def deaf(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, **more: Tensor) -> Tensor:
     return right(q, k, v, out, place)
 
 
 def doing(act: Callable[[], object]) -> Attention:
     """A candidate that does this instead of attention."""
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, place: Place | None = None, **more: Tensor) -> Tensor:
         act()
         return out
 
@@ -53,6 +57,10 @@ def poison() -> None:
 
 def kill(number: int) -> Attention:
     return doing(lambda: os.kill(os.getpid(), number))
+
+
+def deaf_and_slow(device: torch.device, triton_works: bool) -> dict[str, Attention]:
+    return {"deaf": deaf, "slow": slow}
 
 
 def mixed(device: torch.device, triton_works: bool) -> dict[str, Attention]:

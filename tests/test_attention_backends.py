@@ -79,6 +79,16 @@ def test_attention_in_fp8_is_tried_with_its_scales(fault: str) -> None:
     assert trial.fault or 0 < trial.error < 0.06
 
 
+def test_attention_to_text_is_tried_with_the_factors_of_its_queries() -> None:
+    def without(*given: object, q_factor: Tensor) -> Tensor:
+        return torch_ops.attention(*given)
+
+    operator = library(lambda q, k, v: (torch.nn.functional.scaled_dot_product_attention(q, k, v),))
+    found = {"ours": torch_ops.attention, "library": operator, "without": without}
+    trials = {trial.name: trial for trial in try_out(found, SHAPE, LIKE, q_factor=True)}
+    assert not trials["ours"].fault and not trials["library"].fault and "error" in trials["without"].fault
+
+
 @pytest.mark.parametrize(("capability", "names"), [
     ((8, 9), ["pointer"]), ((9, 0), ["pointer", "descriptor", "specialised"]), ((10, 0), ["pointer", "descriptor"]),
 ])  # fmt: skip
@@ -156,8 +166,11 @@ def test_without_gluon_the_rest_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(fp8_candidates(torch.device("cuda"), triton_works=True)) == ["triton-pointer", "triton-descriptor"]
 
 
+@pytest.mark.parametrize("q_factor", [False, True])
 @pytest.mark.parametrize("pair", [False, True])
-def test_flash_attn_of_any_generation_is_used_where_it_imports(monkeypatch: pytest.MonkeyPatch, pair: bool) -> None:
+def test_flash_attn_of_any_generation_is_used_where_it_imports(
+    monkeypatch: pytest.MonkeyPatch, pair: bool, q_factor: bool
+) -> None:
     for name in ("flash_attn", "flash_attn_interface", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, None)
     assert flash_attention() is None
@@ -171,7 +184,7 @@ def test_flash_attn_of_any_generation_is_used_where_it_imports(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     attention = flash_attention()
     assert attention is not None
-    (trial,) = try_out({"flash-attn": attention}, SHAPE, LIKE)
+    (trial,) = try_out({"flash-attn": attention}, SHAPE, LIKE, q_factor=q_factor)
     assert not trial.fault and trial.error < 1e-6
 
 
@@ -188,9 +201,9 @@ def test_a_named_attention_is_forced(
 ) -> None:
     calls = []
 
-    def counted(*args: object) -> Tensor:
+    def counted(*args: object, **more: object) -> Tensor:
         calls.append(1)
-        return torch_ops.attention(*args)  # type: ignore[arg-type]
+        return torch_ops.attention(*args, **more)  # type: ignore[arg-type]
 
     with pytest.raises(InputError, match="'sdpa-cudnn' cannot be used on cpu; there is: torch"):
         Engine.load(checkpoint, backend="sdpa-cudnn", device="cpu")
@@ -201,4 +214,4 @@ def test_a_named_attention_is_forced(
     image = np.zeros((64, 64, 3), np.uint8)
     with engine.open(image, audio=np.zeros(8000, np.float32), size=(64, 64)) as session:
         next(iter(session.frames()))
-    assert engine.dit.attention is counted and calls
+    assert engine.dit.attention is engine.dit.text_attention is counted and calls

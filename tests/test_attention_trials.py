@@ -166,14 +166,15 @@ def test_the_second_start_takes_what_the_first_has_found(
         engine = load(checkpoint, said)
         engine.line(8, 8)
         engine.close()
-        assert engine.dit.attention is standins.right
-        told = [line for line in said if line.startswith("attention")]
-        assert [line.split(":")[0] for line in told] == [
-            "attention slow", "attention right", "attention aborting", "attention wrong", "attention"
-        ]  # fmt: skip
-        assert told[4] == "attention: right is taken" and "it crashed: Aborted" in told[2]
-        assert [line.endswith("(kept from an earlier trial)") for line in told[:4]] == [bool(number)] * 4
-        assert len(started) == 2
+        assert engine.dit.attention is engine.dit.text_attention is standins.right
+        for what in ("attention", "attention to the text"):
+            told = [line for line in said if line.partition(":")[0].rpartition(" ")[0] == what or f"{what}:" in line]
+            assert [line.split(":")[0] for line in told] == [
+                f"{what} slow", f"{what} right", f"{what} aborting", f"{what} wrong", what
+            ]  # fmt: skip
+            assert told[4] == f"{what}: right is taken" and "it crashed: Aborted" in told[2]
+            assert [line.endswith("(kept from an earlier trial)") for line in told[:4]] == [bool(number)] * 4
+        assert len(started) == 4
 
 
 @pytest.mark.parametrize("first", ["line", "steps"])
@@ -190,7 +191,8 @@ def test_all_stages_compute_with_the_attention_that_was_chosen_once(
     }
     for way in sorted(ways, key=lambda name: name != first):
         ways[way]()
-        assert engine.dit.attention is standins.right and asked == [["slow", "right"]]
+        assert engine.dit.attention is engine.dit.text_attention is standins.right
+        assert asked == [["slow", "right"]] * 2  # for the arena and for the text
     engine.close()
 
 
@@ -201,11 +203,11 @@ def test_what_is_known_to_fail_is_never_run(
     said: list[str] = []
     engine = load(checkpoint, said)
     monkeypatch.setattr(attention_choice, "candidates", standins.hopeless if lasting else standins.without_room)
-    engine.dit.attention = standins.wrong  # the backend's
+    engine.dit.attention = engine.dit.text_attention = standins.wrong  # the backend's
     engine.line(8, 8)
     engine.close()
-    assert engine.dit.attention is (torch_ops.attention if lasting else standins.wrong)
-    assert (said[-1] == "attention: none is right, plain PyTorch's is taken") == lasting
+    assert engine.dit.attention is engine.dit.text_attention is (torch_ops.attention if lasting else standins.wrong)
+    assert (said[-1] == "attention to the text: none is right, plain PyTorch's is taken") == lasting
 
 
 def test_a_cpu_makes_no_trial(checkpoint: Path, started: list[Any]) -> None:
@@ -238,6 +240,17 @@ def test_a_verdict_that_cannot_be_understood_is_none(payload: bytes) -> None:
     assert parsed("right", payload) is None
 
 
+def test_the_texts_candidates_are_tried_with_the_factors_of_its_queries(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that ignores them may be taken for the arena, never for the text."""
+    monkeypatch.setattr(attention_choice, "candidates", standins.deaf_and_slow)
+    engine = load(checkpoint, [])
+    engine.line(8, 8)
+    engine.close()
+    assert engine.dit.attention is standins.deaf and engine.dit.text_attention is standins.slow
+
+
 def test_a_damaged_verdict_is_made_again(asked: list[list[str]]) -> None:
     cache = Cache("verdicts", entries=8, nbytes=1 << 20)
     cache.put(key_of("right", setting()), b"{")
@@ -260,7 +273,8 @@ def test_a_verdict_holds_for_what_it_was_made_with(monkeypatch: pytest.MonkeyPat
     given = setting()
     changed = [
         dataclasses.replace(given, shape=(12, 41, 2, 16)), dataclasses.replace(given, dtype=torch.bfloat16),
-        dataclasses.replace(given, fp8=True), dataclasses.replace(given, factory=standins.usual),
+        dataclasses.replace(given, fp8=True), dataclasses.replace(given, q_factor=True),
+        dataclasses.replace(given, factory=standins.usual),
     ]  # fmt: skip
     keys = {key_of("right", given), key_of("wrong", given), *(key_of("right", other) for other in changed)}
     monkeypatch.setattr(torch, "__version__", "9.9")
@@ -272,4 +286,4 @@ def test_a_verdict_holds_for_what_it_was_made_with(monkeypatch: pytest.MonkeyPat
     keys.add(key_of("right", dataclasses.replace(given, device=torch.device("cuda"))))
     monkeypatch.setattr(attention_choice, "DRIVER", ROOT / "absent")
     keys.add(key_of("right", dataclasses.replace(given, device=torch.device("cuda"))))
-    assert len(keys) == 10
+    assert len(keys) == 11

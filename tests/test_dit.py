@@ -112,6 +112,54 @@ def test_a_block_step_allocates_nothing_of_the_arenas_size(small: tuple[DiT, Geo
     assert wasteful.largest_bytes >= one_layer
 
 
+class Readers(TorchDispatchMode):
+    """Sees every operator that reads or writes some tensors' memory; a view of it is neither."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        super().__init__()
+        self.storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self.names: list[str] = []
+
+    def holds(self, value: object) -> bool:
+        return isinstance(value, Tensor) and value.untyped_storage().data_ptr() in self.storages
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        is_view = self.holds(out) and not func._schema.is_mutable
+        if any(map(self.holds, (*args, *(kwargs or {}).values()))) and not is_view:
+            self.names.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("fp8_attention", [False, True])
+def test_nothing_but_attention_touches_the_texts_keys_and_values(
+    small: tuple[DiT, Geometry], rng: torch.Generator, fp8_attention: bool
+) -> None:
+    """They are the prompt's alone, so what can be done to them is done once."""
+    dit = DiT(small[0].weights, small[0].config, dtype=torch.float32, fp8_attention=fp8_attention)
+    geometry, states = small[1], torch.randn(4, 24, generator=rng)
+    text, attended = dit.make_text(), []
+    with Readers(text.k, text.v) as once:
+        dit.text_condition(states, text)
+    assert len(once.names) >= 2 * len(dit.weights.layers)  # the counter does see what writes them
+    ws, arena, tables = dit.make_workspace(geometry), dit.make_arena(geometry), dit.timestep_tables(500.0)
+    conditions = (text, dit.audio_condition(torch.randn(1, 5, 16, 12, generator=rng), 3), dit.pose_condition(None))
+    attend = dit.text_attention
+
+    def attention(q: Tensor, k: Tensor, *given: object, **more: object) -> Tensor:
+        before = len(loop.names)
+        out = attend(q, k, *given, **more)
+        if loop.holds(k):
+            attended.append(k)
+            del loop.names[before:]
+        return out
+
+    dit.text_attention = attention
+    with Readers(text.k, text.v) as loop:
+        dit.block_step(ws, arena, tables, torch.randn(16, 3, 8, 8, generator=rng), 0, 30, conditions)
+    assert loop.names == [] and len(attended) == len(dit.weights.layers)
+
+
 def test_far_positions_are_as_exact_as_near_ones() -> None:
     mpmath = pytest.importorskip("mpmath")
     from liverelay.engine.models.geometry import angles

@@ -202,20 +202,20 @@ def test_operations_of_the_full_size_are_those_of_the_budget() -> None:
 
 
 def test_element_wise_bytes_are_those_of_the_tensors_that_are_read_and_written() -> None:
-    """Counted by hand, in rows of the width: norms 3 + 4 + 6, the text's norm 2, rotation 4; GELU 2 of its own."""
+    """Counted by hand, in rows of the width: norms 3 + 4 + 6, the text's norm 1, rotation 4; GELU 2 of its own."""
     config, size = stage_14b.PRESETS["14b"]
     geometry = stage_14b.Geometry(*size, config.head_dim)
     t, d, f, layers, heard = geometry.block_tokens, config.dim, config.ffn_dim, config.num_layers, 12
-    plain = 2 * (layers * t * (19 * d + 2 * f) + layers * 2 * 1056 * d + heard * 4 * t * d + 2 * t * d)
-    angles = layers * 4 * t * config.head_dim
+    plain = 2 * (layers * t * (18 * d + 2 * f) + layers * 2 * 1056 * d + heard * 4 * t * d + 2 * t * d)
+    angles, factors = layers * 4 * t * config.head_dim, layers * 4 * t
     words = ("", "products", "all")
     found = {fp8: step_bytes.element_wise_bytes(config, geometry, torch.bfloat16, fp8) for fp8 in words}
-    assert found[""] == plain + angles
+    assert found[""] == plain + angles + factors
     # In one byte instead of two: three norms' outputs, GELU's; beside them two quantisations of attended rows.
     saved = t * (layers * (3 * d + f) + heard * d)  # the head's norm is none of them, the one before the first layer is
     assert found["products"] == found[""] - saved + 3 * (2 * layers + heard) * t * d
-    codes, scales = layers * d * (2 * t + 1056), layers * 4 * config.num_heads * (2 * t + 1056)
-    assert found["all"] == found["products"] - codes + scales + layers * 3 * t * d
+    codes = layers * d * (2 * t + 1056)
+    assert found["all"] == found["products"] - codes + layers * 3 * t * d
 
 
 def test_random_weights_do_not_depend_on_the_order_they_are_asked_for() -> None:
@@ -236,6 +236,14 @@ def test_the_devices_part_of_a_step_repeats_it_until_the_host_decides_anew() -> 
         assert torch.equal(bench.compute(dit), eager)
         later = start + bench.geometry.ring_frames  # the same slot, other angles
         assert not torch.equal(bench.step(dit, later), eager)
+
+
+@pytest.mark.parametrize("fp8", ["", "all"])
+def test_attention_to_text_is_no_self_attention(fp8: str) -> None:
+    config, size = stage_14b.PRESETS["tiny"]
+    with torch.inference_mode():
+        bench = stage_14b.Bench(config, stage_14b.Geometry(*size, config.head_dim), CPU, torch.float32, fp8=fp8)
+        assert {"text attention", "self-attention"} <= stage_14b.split(bench, bench.make("torch"), steps=1).keys()
 
 
 def test_parts_add_up_to_the_block_step() -> None:

@@ -161,7 +161,22 @@ def test_doctored_facts_are_one_line(
     session.close()
 
 
-@pytest.mark.parametrize("facts", [[], "text", {"format": FORMAT}])
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_snapshot_of_another_version_is_refused(
+    engines: Engines, numbers: np.random.Generator, tmp_path: Path, number: int
+) -> None:
+    """Its tensors have the same names and shapes, and mean something else."""
+    session = start(engines[0], numbers, np.zeros(16000, dtype=np.float32))
+    snapshot = session.snapshot()
+    session.close()
+    facts = {"format": f"liverelay session {number}", **snapshot.facts}
+    save_tensors(tmp_path / "state", snapshot.tensors, {"liverelay": json.dumps(facts)})
+    with pytest.raises(InputError, match="another version of liverelay wrote") as told:
+        engines[0].resume(tmp_path / "state")
+    assert "open a new session" in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("facts", [[], "text", {"format": FORMAT}, {"format": 2}, {"format": "another"}])
 def test_a_file_without_facts_is_no_snapshot(engines: Engines, tmp_path: Path, facts: object) -> None:
     save_tensors(tmp_path / "state", {"a": torch.zeros(1)}, {"liverelay": json.dumps(facts)})
     with pytest.raises(InputError, match="snapshot"):

@@ -44,14 +44,15 @@ def choose_attention(dit: DiT, geometry: Geometry, say: Say) -> None:
     works = dispatch.available("triton", device).works
 
     def fastest_of(
-        factory: Callable[[torch.device, bool], dict[str, Attention]], rows: int, what: str, fp8: bool = False
+        factory: Callable[[torch.device, bool], dict[str, Attention]], rows: int, what: str, *, fp8: bool = False,
+        q_factor: bool = False,
     ) -> Attention | None:
         found = factory(device, works)
         if len(found) < 2:
             return None
         shape = (geometry.block_tokens, rows, config.num_heads, config.head_dim)
         trials = []
-        for trial, kept in tried(list(found), Setting(factory, works, shape, device, dit.dtype, fp8)):
+        for trial, kept in tried(list(found), Setting(factory, works, shape, device, dit.dtype, fp8, q_factor)):
             say(f"{what} {trial.name}: {verdict(trial, kept)}")
             trials.append(trial)
         best = fastest(trials)
@@ -63,16 +64,19 @@ def choose_attention(dit: DiT, geometry: Geometry, say: Say) -> None:
         say(f"{what}: {best.name} is taken")
         return found[best.name]
 
-    rows = geometry.arena_tokens
     if dit.fp8_attention:
-        ours = fastest_of(fp8_candidates, rows, "attention in FP8", fp8=True)
-        dit.attention_fp8, rows = ours or dit.attention_fp8, config.text_len
-    dit.attention = fastest_of(candidates, rows, "attention") or dit.attention
+        ours = fastest_of(fp8_candidates, geometry.arena_tokens, "attention in FP8", fp8=True)
+        dit.attention_fp8 = ours or dit.attention_fp8
+    else:
+        dit.attention = fastest_of(candidates, geometry.arena_tokens, "attention") or dit.attention
+    # The text's queries have a factor each, which our kernels apply on the way and a library in one more pass.
+    of_text = fastest_of(candidates, config.text_len, "attention to the text", q_factor=True)
+    dit.text_attention = of_text or dit.text_attention
 
 
 def force_attention(dit: DiT, name: str | None) -> None:
     """Take the attention of this name; in FP8, too, where there is one of that name. ValueError as for `named`."""
-    dit.attention = named(name, dit.device) or dit.attention
+    dit.attention = dit.text_attention = named(name, dit.device) or dit.attention
     ours = fp8_candidates(dit.device, dispatch.available("triton", dit.device).works)
     dit.attention_fp8 = ours.get(name or "", dit.attention_fp8)
 
@@ -116,7 +120,8 @@ def key_of(name: str, setting: Setting) -> str:
     """Everything that a verdict depends on."""
     factory = f"{setting.factory.__module__}:{setting.factory.__qualname__}"
     return json.dumps(
-        {"name": name, "factory": factory, "shape": setting.shape, "dtype": str(setting.dtype), "fp8": setting.fp8}
+        {"name": name, "factory": factory, "shape": setting.shape, "dtype": str(setting.dtype), "fp8": setting.fp8,
+         "q_factor": setting.q_factor}
         | machine(setting.device) | {"kernels": kernels_version()}
     )  # fmt: skip
 

@@ -25,10 +25,10 @@ from liverelay.engine.models.layers import (
     LayerWeights,
     TextCondition,
     TimestepTables,
+    attention_scales,
     encode_audio,
     load_weights,
     timestep_tables,
-    value_scales,
 )
 from liverelay.engine.models.weights import Linear
 from liverelay.engine.models.workspace import Workspace
@@ -53,10 +53,12 @@ class DiT:
             self.ops: ModuleType = dispatch.get(backend, self.device)
             # Of the backend, until `attention_choice` has taken another one.
             self.attention: Attention = self.ops.attention
+            self.text_attention: Attention = self.ops.attention
             self.attention_fp8: Attention = self.ops.attention
         except ValueError as error:
             raise InputError(str(error)) from None
-        self.value_scales = value_scales(weights, config) if fp8_attention else []
+        self.scales = attention_scales(weights, config) if fp8_attention else []
+        self.whole_text = Place.make(self.device).fill(0, config.text_len, False)
 
     @classmethod
     def load(
@@ -73,14 +75,14 @@ class DiT:
         """Build from checkpoint tensors (spec dit.md section 2). CheckpointError names a key that does not fit.
 
         fp8: the stage loop's linear layers in e4m3, one scale per output channel and per row of activations.
-        fp8_attention: self-attention in e4m3, one scale for each head of a query and of a key; half the arena.
+        fp8_attention: self-attention and its arena in e4m3, with scales fixed here by the weights (`Scales`).
         """
         weights = load_weights(source, config, device, dtype, fp8=fp8)
         return cls(weights, config, dtype=dtype, backend=backend, fp8_attention=fp8_attention)
 
     @property
     def fp8_attention(self) -> bool:
-        return bool(self.value_scales)
+        return bool(self.scales)
 
     def make_workspace(self, geometry: Geometry) -> Workspace:
         return Workspace(
@@ -116,7 +118,8 @@ class DiT:
         for i, layer in enumerate(self.weights.layers):
             kv = F.linear(x, layer.text_kv.weight, layer.text_kv.bias)
             k, v = kv.chunk(2, dim=1)
-            self.ops.rms_norm(k, layer.cross_attn.norm_k, text.k[i].view(-1, config.dim), eps=config.eps)
+            keys = text.k[i].view(-1, config.dim)
+            self.ops.rms_norm(k, layer.cross_attn.norm_k, keys, eps=config.eps).mul_(layer.cross_attn.norm_q)
             text.v[i].view(-1, config.dim).copy_(v)
         return text
 
@@ -276,28 +279,30 @@ class DiT:
     ) -> None:
         """q, k and v of ws.h: normalised and rotated q into the workspace, keys and values into rows of the arena."""
         ops, attn, h, place = self.ops, layer.self_attn, ws.h[:tokens], ws.place
-        scale = _rows(ws.h_scale, tokens)
-        self._linear(h, scale, attn.first, ws.qk[:tokens])
-        outs: tuple[Tensor, ...] = (ws.q[:tokens], arena.k[i])
-        if arena.k_scale is None or ws.q8 is None or ws.q_scale is None:
-            self._linear(h, scale, layer.v, arena.v[i, place.row : place.row + tokens].flatten(1))
+        row_scale, q = _rows(ws.h_scale, tokens), ws.q[:tokens]
+        scales = self._scales(i)
+        self._linear(h, row_scale, attn.first, ws.qk[:tokens])
+        if scales is None:
+            self._linear(h, row_scale, layer.v, arena.v[i, place.row : place.row + tokens].flatten(1))
         else:
             v = ws.y[0][:tokens]  # nothing else is in it by now
-            self._linear(h, scale, layer.v, v)
-            ops.store_values(v.view(outs[0].shape), arena.v[i], place, self.value_scales[i])
-            outs = (ws.q8[:tokens], arena.k[i], ws.q_scale[:, :tokens], arena.k_scale[i])
+            self._linear(h, row_scale, layer.v, v)
+            ops.store_values(v.view(q.shape), arena.v[i], place, scales.v)
+        outs = (q, arena.k[i]) if k_raw is None else (q, arena.k[i], k_raw)
         ops.qk_norm_rope(
-            ws.qk[:tokens], (attn.norm_q, attn.norm_k), rope, outs, place, eps=self.config.eps, k_raw=k_raw,
-            reference=reference,
+            ws.qk[:tokens], (attn.norm_q, attn.norm_k), rope, outs, place, eps=self.config.eps, reference=reference,
+            scales=scales,
         )
 
     def _self_attention(self, ws: Workspace, arena: Arena, i: int, tokens: int) -> Tensor:
         """Queries of the workspace against a layer of the arena, into ws.attended."""
-        k, v, out = arena.k[i], arena.v[i], ws.attended[:tokens]
-        if arena.k_scale is None or ws.q8 is None or ws.q_scale is None:
-            return self.attention(ws.q[:tokens], k, v, out, ws.place)
-        scales = Scales(ws.q_scale[:, :tokens], arena.k_scale[i], self.value_scales[i])
-        return self.attention_fp8(ws.q8[:tokens], k, v, out, ws.place, scales)
+        operands = (ws.q[:tokens], arena.k[i], arena.v[i], ws.attended[:tokens], ws.place)
+        scales = self._scales(i)
+        return self.attention(*operands) if scales is None else self.attention_fp8(*operands, scales)
+
+    def _scales(self, i: int) -> Scales | None:
+        """What a layer's codes stand for, where self-attention is in FP8."""
+        return self.scales[i] if self.scales else None
 
     def _linear(self, x: Tensor, scale: Tensor | None, layer: Linear, out: Tensor) -> None:
         """A product in the working dtype, or in FP8 where the layer is: x then holds codes, scale one value a row."""
@@ -321,7 +326,7 @@ class DiT:
         ops, eps = self.ops, self.config.eps
         _, _, gate1, shift2, scale2, gate2 = modulation
         x, h, ffn = ws.x[:tokens], ws.h[:tokens], ws.ffn[:tokens]
-        q, attended = ws.q[:tokens], ws.attended[:tokens]
+        attended, factor = ws.attended[:tokens], ws.q_factor[:tokens]
         own, cross, forward = (y[:tokens] for y in ws.y)
 
         self._self_attention(ws, arena, i, tokens)
@@ -331,8 +336,9 @@ class DiT:
 
         attn = layer.cross_attn
         self._linear(h, scale, attn.first, cross)
-        ops.rms_norm(cross, attn.norm_q, q.flatten(1), eps=eps)
-        self.attention(q, text.k[i], text.v[i], attended, None)
+        ops.inverse_rms(cross, factor, eps=eps)  # the weight of this norm is in the keys
+        queries = cross.view(attended.shape)
+        self.text_attention(queries, text.k[i], text.v[i], attended, self.whole_text, q_factor=factor)
         self._project_out(ws, attn.out, tokens, cross)
         ops.residual_norm(x, [(own, gate1), (cross, None)], Norm(scale2, shift2), h, eps=eps, scale_out=scale)
 

@@ -17,6 +17,7 @@ from liverelay.engine.config import DiTConfig
 from liverelay.engine.errors import InputError
 from liverelay.engine.models.convolution import convolve
 from liverelay.engine.models.weights import Linear, Loader, check_dit, is_quantized
+from liverelay.kernels.contract import Scales
 
 ADAIN_EPS = 1e-5
 
@@ -88,7 +89,10 @@ class TimestepTables:
 
 @dataclass
 class TextCondition:
-    """Keys and values of the prompt for all layers: [L, text_len, H, d], in the working dtype."""
+    """Keys and values of the prompt for all layers: [L, text_len, H, d], in the working dtype.
+
+    The keys carry the weight of the queries' RMS norm, too: of that norm only a factor is left to a block-step.
+    """
 
     k: Tensor
     v: Tensor
@@ -185,13 +189,21 @@ def timestep_tables(weights: DiTWeights, config: DiTConfig, timestep: float) -> 
     return TimestepTables(layers, weights.head_modulation + embedded)
 
 
-def value_scales(weights: DiTWeights, config: DiTConfig) -> list[float]:
-    """For each layer, what one unit of a value's e4m3 code stands for in FP8 attention.
+def attention_scales(weights: DiTWeights, config: DiTConfig) -> list[Scales]:
+    """For each layer, what one unit of an e4m3 code of q, k and v stands for in FP8 attention.
 
-    A LayerNorm's result is no longer than sqrt(D), so |v_j| <= sqrt(D) |W_j (1 + scale)| + |W_j shift + b_j|: with the
-    largest bound at 448 nothing saturates, and usual values lie near 448 / sqrt(D), in the middle of e4m3's range.
-    The bound is taken over noise levels from 0 to 1000, because sink and ring share one arena.
+    A norm's result is no longer than sqrt(D): x of norm_q and norm_k, and what v is projected from. RoPE turns pairs,
+    which leaves no element of a head above sqrt(D) max |w| over the head's weights w of the norm. And |v_j| <= sqrt(D)
+    |W_j (1 + scale)| + |W_j shift + b_j|, over noise levels from 0 to 1000, because sink and ring share one arena.
+    With these bounds at 448 nothing saturates (the roundings on the way add up to half a percent, and e4m3 takes what
+    is below 464 for 448); usual values lie near 448 / sqrt(D), in the middle of e4m3's range.
     """
+
+    def of_heads(norms: list[Tensor]) -> Tensor:  # [L, H]
+        largest = torch.stack(norms).float().abs().view(len(norms), config.num_heads, -1).amax(2)
+        return largest.clamp_min(1e-12) * (config.dim**0.5 / 448)
+
+    q, k = (of_heads([getattr(layer.self_attn, name) for layer in weights.layers]) for name in ("norm_q", "norm_k"))
     tables = torch.stack([timestep_tables(weights, config, float(t)).layers[:, :2] for t in range(0, 1001, 125)])
     scales = []
     for i, layer in enumerate(weights.layers):
@@ -201,7 +213,7 @@ def value_scales(weights: DiTWeights, config: DiTConfig) -> list[float]:
         shift, factor = tables[:, i, 0], 1 + tables[:, i, 1]
         longest = config.dim**0.5 * (weight.square() @ factor.square().t()).sqrt()
         bound = longest + (weight @ shift.t() + layer.v.bias.float().unsqueeze(1)).abs()
-        scales.append(max(float(bound.max()), 1e-20) / 448)
+        scales.append(Scales(q[i], k[i], max(float(bound.max()), 1e-20) / 448))
     return scales
 
 

@@ -98,9 +98,8 @@ def arena_bytes(
     if sink_only:
         rows = geometry.sink_tokens
     keys = values = rows * config.dim * element
-    if fp8:  # codes of keys with their scales, codes of values; rows of scales and of values are padded to 16 bytes
-        keys = rows * config.dim + -(-rows // 4) * 16 * config.num_heads
-        values = -(-rows // 16) * 16 * config.dim
+    if fp8:  # codes; a channel's values are padded to 16 bytes
+        keys, values = rows * config.dim, -(-rows // 16) * 16 * config.dim
     return config.num_layers * (keys + values + reference)
 
 
@@ -109,13 +108,17 @@ def text_bytes(config: DiTConfig, element: int) -> int:
     return 2 * config.num_layers * config.text_len * config.dim * element
 
 
-def workspace_bytes(config: DiTConfig, geometry: Geometry, element: int, *, fp8: bool = False) -> int:
+def workspace_bytes(
+    config: DiTConfig, geometry: Geometry, element: int, *, fp8: bool = False, fp8_attention: bool = False
+) -> int:
     """Static buffers of `liverelay.engine.models.workspace.Workspace`, RoPE tables included."""
     tokens = max(geometry.block_tokens, geometry.sink_tokens)
     activations = tokens * (config.dim * 9 + config.ffn_dim + 4 * config.in_channels) * element
     if fp8:  # what a product reads in one byte a value: the norm's buffer, the feed-forward's beside it, row scales
         activations += tokens * (config.dim * (1 - element) + config.ffn_dim + 4)
-    head = tokens * config.dim * 4
+    if fp8_attention:  # queries
+        activations += tokens * config.dim * (1 - element)
+    head = tokens * (config.dim + 1) * 4  # what the head reads, and the factors of the text's queries
     rope = (geometry.block_tokens + geometry.frame_tokens + geometry.sink_tokens) * config.head_dim * 4
     decided = 4 + 2 * split_pairs(config.head_dim)[0] * (geometry.frames_per_block + 1)  # words: place, RoPE times
     return activations + head + rope + 4 * decided

@@ -19,7 +19,7 @@ from liverelay.engine.models.geometry import (
     motion_angles,
     split_pairs,
 )
-from liverelay.kernels.contract import FP8, Place, head_scales
+from liverelay.kernels.contract import FP8, Place
 
 # Writes that may be under way: a block writes once for each of its steps, a new sink once, and a stage is at most two
 # blocks ahead of its device.
@@ -91,10 +91,8 @@ class Workspace:
         self.wide = make(config.ffn_dim, of=FP8) if fp8 else None
         self.y = [make(width) for _ in range(3)]  # what self-attention, cross attention and feed-forward add to it
         self.qk, self.ffn = make(2 * width), make(config.ffn_dim)
-        self.q, self.attended = make(*heads), make(*heads)
-        # Queries of FP8 attention and their scales; other attentions keep to q.
-        self.q8 = make(*heads, of=FP8) if fp8_attention else None
-        self.q_scale = head_scales((config.num_heads, tokens), device) if fp8_attention else None
+        self.q, self.attended = make(*heads, of=FP8 if fp8_attention else dtype), make(*heads)
+        self.q_factor = make(of=torch.float32)  # 1 / rms of the text's queries
         self.head = make(width, of=torch.float32)
         self.flow = make(4 * config.in_channels)
         self._make_control(config.head_dim, device)

@@ -80,7 +80,7 @@ def stage_memory(stage: StagePlan, task: Task, *, first: bool) -> dict[str, int]
         memory["weights"] = dit_bytes(fp8_shapes(config) if products else dit_shapes(config), ELEMENT)
         arena = arena_bytes(config, geometry, ELEMENT, fp8=attention)
         memory["arenas"] = task.sessions * (len(stage.steps) * arena + text_bytes(config, ELEMENT))
-        memory["workspace"] += workspace_bytes(config, geometry, ELEMENT, fp8=products)
+        memory["workspace"] += workspace_bytes(config, geometry, ELEMENT, fp8=products, fp8_attention=attention)
         memory["workspace"] += arena_bytes(config, geometry, ELEMENT, fp8=attention, sink_only=True)
     if stage.decode:
         memory["vae"] = vae_bytes(expected_shapes(vae), ELEMENT) + vae_work_bytes(vae, geometry)

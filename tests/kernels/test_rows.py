@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from liverelay.kernels import launch
-from liverelay.kernels.contract import FP8, Norm
+from liverelay.kernels import launch, torch_ops, values
+from liverelay.kernels.contract import FP8, Norm, Place, transposed
 from liverelay.kernels.feedforward import gelu
 from liverelay.kernels.norm import inverse_rms, residual_norm
 from tests.compare import relative
@@ -36,10 +39,13 @@ def test_a_mean_far_above_the_deviation_leaves_layer_norm_exact(
     assert relative(out, exact) <= 1e-4  # of 1000, float32 has 6e-5
 
 
-@pytest.mark.parametrize("factor", [1e-20, 1.0, 1e16])
-def test_inverse_rms_holds_for_small_and_large_rows(factor: float, device: torch.device, rng: torch.Generator) -> None:
+@pytest.mark.parametrize("of_rows", [inverse_rms, torch_ops.inverse_rms])
+@pytest.mark.parametrize("factor", [1e-20, 1e-3, 1.0, 1e16])
+def test_inverse_rms_holds_for_small_and_large_rows(
+    of_rows: Callable[..., Tensor], factor: float, device: torch.device, rng: torch.Generator
+) -> None:
     x = (torch.randn(3, 1500, generator=rng) * factor).to(device)
-    got = inverse_rms(x, torch.empty(3, device=device), eps=1e-6)
+    got = of_rows(x, torch.empty(3, device=device), eps=1e-6)
     assert relative(got, torch.rsqrt(x.double().square().mean(-1) + 1e-6)) <= 1e-6
 
 
@@ -65,3 +71,19 @@ def test_padded_rows_give_what_chunks_give(device: torch.device, rng: torch.Gene
     with launch.padded_rows() as widths:
         padded = residual_norm(x, [(x, None)], norm, torch.empty_like(x), eps=1e-6)
     assert widths == {1500} and relative(padded, whole) <= 1e-6
+
+
+@pytest.mark.parametrize("frame", [16, 48, 1056])
+def test_stores_of_values_are_aligned_in_every_slot_whatever_the_host_believes(
+    frame: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch is captured once for all slots. frame: tokens of a latent frame; 64-pixel sizes have multiples of 16."""
+    sink, block, promised = frame * 5 // 2, 3 * frame, list[int]()
+    monkeypatch.setattr(values, "run", lambda *_, ALIGNED, **__: promised.append(ALIGNED))
+    arena, place = transposed((sink + 4 * block, 1, 8), device), Place.make(device)
+    for tokens, rows in ((sink, [0]), (block, [sink + slot * block for slot in range(4)])):
+        for row in (0, *rows):
+            v = torch.zeros(tokens, 1, 8, device=device)
+            values.store_values(v, arena, place.fill(row, sink + 4 * block, False), 1.0)
+            assert all(real % promised[-1] == 0 for real in rows)
+    assert promised[-1] == (16 if frame == 1056 else 8)

@@ -25,7 +25,7 @@ from liverelay.engine.config import DiTConfig  # noqa: E402
 from liverelay.engine.models.geometry import Geometry  # noqa: E402
 from liverelay.kernels import attention, tma  # noqa: E402
 from liverelay.kernels.attention import make_fp8, reference_attention  # noqa: E402
-from liverelay.kernels.contract import FP8, Place, Scales, head_scales  # noqa: E402
+from liverelay.kernels.contract import FP8, Place, Scales  # noqa: E402
 from liverelay.kernels.launch import INTERPRETED  # noqa: E402
 from liverelay.kernels.spec import Case  # noqa: E402
 from liverelay.kernels.tma import View  # noqa: E402
@@ -46,15 +46,9 @@ def case_of(size: Size, seed: int, device: torch.device) -> Case:
     return make_fp8(dims, torch.bfloat16, torch.Generator().manual_seed(seed), device)
 
 
-def dense_scales(case: Case) -> Case:
-    """The same with scales whose rows follow each other without a gap, wherever they then start."""
-    *args, scales = case.args
-    return Case((*args, Scales(scales.q, scales.k.contiguous(), scales.v)), {}, case.outputs)
-
-
 def right(case: Case) -> bool:
     exact = reference_attention(*case.args)["out"]
-    return float((case.outputs["out"].double() - exact).norm() / exact.norm()) < 0.025
+    return float((case.outputs["out"].double() - exact).norm() / exact.norm()) < 0.03
 
 
 # -- the rules --------------------------------------------------------------------------------------------------------
@@ -93,11 +87,11 @@ def test_a_map_that_keeps_the_rules_passes() -> None:
 
 
 def test_starts_and_ends_of_copies() -> None:
-    scales = View(0, 4, (1026,), (1,), (128,))
-    assert [start for start in range(-8, 9) if not scales.start_fault(start)] == [-8, -4, 0, 4, 8]
-    assert scales.store_fault() and not GOOD.store_fault()
+    flat = View(0, 4, (1026,), (1,), (128,))
+    assert [start for start in range(-8, 9) if not flat.start_fault(start)] == [-8, -4, 0, 4, 8]
+    assert flat.store_fault() and not GOOD.store_fault()
     assert [offset for offset in range(0, 2049, 64) if not GOOD.memory_fault(offset)] == [0, 1024, 2048]
-    assert not scales.memory_fault(128) and scales.memory_fault(64)
+    assert not flat.memory_fault(128) and flat.memory_fault(64)
 
 
 def test_descriptors_are_made_in_one_place() -> None:
@@ -125,28 +119,9 @@ def test_the_gate_sees_what_the_compiler_made_of_a_descriptor() -> None:
 
 
 @hopper
-@pytest.mark.parametrize("size", ODD_ROWS)
-def test_scales_that_start_anywhere_are_refused(size: Size, device: torch.device, seed: int) -> None:
-    case = dense_scales(case_of(size, seed, device))
-    with pytest.raises(ValueError, match=r"TMA cannot take the scale of k: a copy starts at element .* of 16$"):
-        attention_gluon.attention_specialised(*case.args)
-    assert case.outputs["out"].isnan().all()
-
-
-@hopper
 @pytest.mark.parametrize("size", ODD_ROWS + EVEN_ROWS)
 def test_any_number_of_rows_is_right(size: Size, device: torch.device, seed: int) -> None:
     case = case_of(size, seed, device)
-    attention_gluon.attention_specialised(*case.args)
-    assert right(case)
-
-
-@hopper
-@pytest.mark.parametrize("size", [*EVEN_ROWS, (200, 1, 64, 9, 1)])
-def test_scales_without_gaps_are_taken_where_every_head_starts_well(
-    size: Size, device: torch.device, seed: int
-) -> None:
-    case = dense_scales(case_of(size, seed, device))
     attention_gluon.attention_specialised(*case.args)
     assert right(case)
 
@@ -160,7 +135,7 @@ def test_the_other_kernel_refuses_in_one_line_too(device: torch.device, seed: in
     with pytest.raises(ValueError, match=f"{start}TMA cannot take q: it starts 1 bytes past"):
         attend(room[1:].view(q.shape), k, v, out, place, scales)
     with pytest.raises(ValueError, match=f"{start}TMA cannot take v: it starts 1 bytes past"):
-        attend(q, k[1:], v[1:], out, place, Scales(scales.q, scales.k[:, 1:], 1.0))
+        attend(q, k[1:], v[1:], out, place, scales)
     apart = torch.zeros(2, 65, 32, dtype=FP8, device=device)[:, :64].movedim(-1, 0)
     with pytest.raises(ValueError, match=f"{start}the channels of v do not follow each other"):
         attend(q, k, apart, out, place, scales)
@@ -203,6 +178,8 @@ def test_tma_takes_the_arenas_of_every_size(
     for module in (attention, attention_gluon):
         monkeypatch.setattr(module, "run", lambda *args, **meta: launched.append(args))
     dtype, place = FP8 if fp8 else torch.bfloat16, Place.make("cpu")
+    factors = torch.empty(config.num_heads, device="meta")
+    scales = Scales(factors, factors, 1.0) if fp8 else None
     for frame_tokens in frame_sizes(seed):
         geometry, heads = rows_of(frame_tokens), (config.num_heads, config.head_dim)
         for sink_only in (False, True):
@@ -211,11 +188,8 @@ def test_tma_takes_the_arenas_of_every_size(
             q = torch.empty(3 * frame_tokens, *heads, dtype=dtype, device="meta")[:tokens]
             out = torch.empty_like(q, dtype=torch.bfloat16)
             for i in range(config.num_layers):
-                scales = []
-                if arena.k_scale is not None:
-                    scales = [Scales(head_scales((heads[0], tokens), "meta"), arena.k_scale[i], 1.0)]
                 for attend in (attention.attention_descriptor, attention_gluon.attention_specialised):
-                    attend(q, arena.k[i], arena.v[i], out, place, *scales)
+                    attend(q, arena.k[i], arena.v[i], out, place, scales)
     assert len(launched) > 4000
 
 
@@ -232,14 +206,12 @@ def test_frames_of_an_odd_size(frame_tokens: int, device: torch.device, seed: in
     """Every fill level of the ring, in the last layer, whose memory starts wherever the others end."""
     geometry, config = rows_of(frame_tokens), DiTConfig(96, 96, 3, 3, ())
     arena = Arena(config, geometry, device, torch.bfloat16, fp8=True)
-    assert arena.k_scale is not None
     for valid in range(geometry.sink_tokens + 3 * frame_tokens, geometry.arena_tokens + 1, 3 * frame_tokens):
         case = case_of((3 * frame_tokens, 3, 32, geometry.arena_tokens, valid), seed + valid, device)
         q, k, v, out, place, scales = case.args
-        for target, source in ((arena.k, k), (arena.v, v), (arena.k_scale, scales.k)):
+        for target, source in ((arena.k, k), (arena.v, v)):
             target[-1].copy_(source)
-        case = Case((q, arena.k[-1], arena.v[-1], out, place, Scales(scales.q, arena.k_scale[-1], scales.v)), {},
-                    case.outputs)  # fmt: skip
+        case = Case((q, arena.k[-1], arena.v[-1], out, place, scales), {}, case.outputs)
         attention_gluon.attention_specialised(*case.args)
         assert right(case)
 
@@ -255,28 +227,12 @@ def test_shuffled_keys_hold_every_tile_but_the_last(rows: int) -> None:
 # -- interpreters -----------------------------------------------------------------------------------------------------
 
 
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launchers that no longer look where copies start."""
-    made = attention_gluon.tma_descriptor
-    monkeypatch.setattr(attention_gluon, "tma_descriptor", lambda *args, start=0, **more: made(*args, **more))
-
-
-@interpreted
-@pytest.mark.parametrize("size", ODD_ROWS)
-def test_the_machine_sees_where_a_copy_starts(
-    size: Size, device: torch.device, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    unchecked(monkeypatch)
-    with pytest.raises(gm.Fault, match=r"a copy starts at element \d+, \d+ bytes past a multiple of 16"):
-        attention_gluon.attention_specialised(*dense_scales(case_of(size, seed, device)).args)
-
-
 @interpreted
 @pytest.mark.parametrize(("old", "new", "text"), [
-    ("return (head * descriptor.block_type.shape[0], row)", "return (0, row + 8)", "8 bytes past"),
-    ("return (row, head * descriptor.block_type.shape[1])", "return (row, head * 32 + 4)", "4 bytes past"),
-    ("column = head * k.block_type.shape[1]", "column = 17", "1 bytes past"),
-    ("copy_out(out, [row, tile // tiles_m * HEAD_DIM]", "copy_out(out, [row, 3]", "6 bytes past"),
+    ("(head * descriptor.block_type.shape[0], row) if", "(0, row + 8) if", "8 bytes past"),
+    ("(row, head * descriptor.block_type.shape[1])", "(row, head * 32 + 4)", "4 bytes past"),
+    ("0, 0, 0, head * k.block_type.shape[1]", "0, 0, 0, 17", "1 bytes past"),
+    ("copy_out(out, [row, head * HEAD_DIM]", "copy_out(out, [row, 3]", "6 bytes past"),
 ])  # fmt: skip
 def test_the_machine_sees_every_copy_and_store(
     old: str, new: str, text: str, tmp_path: Path, device: torch.device, seed: int
