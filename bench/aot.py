@@ -282,15 +282,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def unready() -> str | None:
-    """Why nothing can be compiled here, in one line."""
+def unready(*more: str) -> str | None:
+    """Why nothing can be compiled here, in one line. more: other tools of Triton's that are needed."""
     try:
         import triton
     except ImportError:
         return "triton is not installed"
     if triton.knobs.runtime.interpret:
         return "TRITON_INTERPRET is set, so Triton interprets instead of compiling; unset it"
-    for name in ("ptxas", "ptxas_blackwell"):
+    for name in ("ptxas", "ptxas_blackwell", *more):
         try:
             Path(getattr(triton.knobs.nvidia, name).path).resolve(strict=True)
         except (RuntimeError, OSError, AttributeError) as fault:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a job: rows, or the error in one line."""
+    """What became of a job: rows (a Row of each kernel, or what else `read_job` makes), or the error in one line."""
 
     job: Job
-    rows: tuple[Row, ...] = ()
+    rows: tuple[Any, ...] = ()
     error: str = ""
     seconds: float = field(default=0.0, compare=False)
 
@@ -286,15 +286,26 @@ def check_descriptors(launch: Any) -> None:
         raise ValueError(f"{launch.name}: {fault}")
 
 
-def compile_job(job: Job) -> Result:
-    """Compile one launch of the registry; never raises, but for an interrupt."""
-    from liverelay.kernels.launch import compile_only
+def spec_of(job: Job) -> Any:
+    """The job's row of the registry."""
     from liverelay.kernels.registry import KERNELS
+
+    return next(spec for spec in KERNELS if spec.name == job.kernel)
+
+
+def compile_job(job: Job) -> Result:
+    """Compile one launch of the registry and take its figures; never raises, but for an interrupt."""
+    return read_job(job, lambda label, launch: measure(job, label, launch.compiled))
+
+
+def read_job(job: Job, read: Callable[[str, Any], Any]) -> Result:
+    """Compile one launch of the registry; `read` makes a row of each kernel's label and `launch.Launch`."""
+    from liverelay.kernels.launch import compile_only
 
     torch.set_num_threads(1)
     start = time.monotonic()
     try:
-        spec = next(spec for spec in KERNELS if spec.name == job.kernel)
+        spec = spec_of(job)
         dims = (spec.production | spec.small)[job.dims]
         activate(job.arch)
         with cheap_inputs(), silent():
@@ -304,11 +315,11 @@ def compile_job(job: Job) -> Result:
             kernels: dict[tuple[str, str], Any] = {}
             for launch in collected.kernels:
                 check_descriptors(launch)
-                kernels.setdefault((launch.name, launch.compiled.hash), launch.compiled)  # launched twice is one row
+                kernels.setdefault((launch.name, launch.compiled.hash), launch)  # launched twice is one row
             names = [name for name, _ in kernels]
             labels = [name if n == names.index(name) else f"{name}#{names[:n].count(name) + 1}"
                       for n, name in enumerate(names)]  # fmt: skip
-            rows = [measure(job, label, kernel) for label, kernel in zip(labels, kernels.values(), strict=True)]
+            rows = [read(label, launch) for label, launch in zip(labels, kernels.values(), strict=True)]
         error = "" if rows else "the launcher started no kernel"
     except Exception as fault:
         rows, error = [], f"{type(fault).__name__}: {' '.join(str(fault).split())[-300:]}"

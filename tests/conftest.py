@@ -1,7 +1,8 @@
-"""Shared by all tests: threads, poisoned memory, fresh seeds, the golden folder, a tiny checkpoint."""
+"""Shared by all tests: threads, poisoned memory, fresh seeds, the golden folder, a tiny checkpoint, a compiler."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import sys
@@ -36,6 +37,16 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIVERELAY_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture
+def compiler() -> None:
+    """Skips where Triton or its assembler is missing."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        pytest.skip("triton is not installed")
+    if not (Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "ptxas").exists():
+        pytest.skip("this triton has no ptxas")
 
 
 @pytest.fixture

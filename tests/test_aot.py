@@ -5,7 +5,6 @@ The real ones run apart, because a process that has a fake driver can launch not
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -57,16 +56,6 @@ def command(*arguments: str, timeout: float = 120) -> subprocess.CompletedProces
         [sys.executable, "-m", "bench.aot", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
         timeout=timeout,
     )  # fmt: skip
-
-
-@pytest.fixture
-def compiler() -> None:
-    """Skips where Triton or its assembler is missing."""
-    spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:
-        pytest.skip("triton is not installed")
-    if not (Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "ptxas").exists():
-        pytest.skip("this triton has no ptxas")
 
 
 # -- rules ------------------------------------------------------------------------------------------------------------
