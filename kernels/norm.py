@@ -56,8 +56,11 @@ def add_update(
 
 @triton.jit
 def normed_row(chunks, eps, live, WIDTH: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr):
-    """LayerNorm without modulation. The squares are of centred values, which are in registers anyway: the mean of
-    squares less the squared mean would be one reduction instead of two, and wrong where a row's mean is large.
+    """LayerNorm without modulation. The squares are of centred values, which are in registers anyway.
+
+    The mean of squares less the squared mean would be one reduction instead of two, and wrong where a row's mean is
+    large. Combining each thread's mean and variance in pairs is right, and saves three of five barriers for 110 more
+    instructions on top of 530 (sm_90, compiled, not timed); other rows of the multiprocessor fill a barrier's wait.
     """
     total = chunks[0]
     for i in tl.static_range(1, CHUNKS):
