@@ -138,15 +138,15 @@ def test_an_interval_of_blocks_is_wider_where_neighbours_are_alike(numbers: Numb
 
 
 def streamed(seed: int, drift: float) -> tuple[Watch, dict[str, object]]:
-    """60 s of a perfect video that reddens by so many levels a second."""
-    told = [0.0]
+    """60 s of a perfect video whose red goes by so many levels a second to where there is room for it."""
+    told, who = [0.0], Who.of_seed(seed, 100)
+    towards = 1 if np.asarray(who.of.still)[..., 0].mean() < 128 else -1
 
     def change(frames: Array) -> Array:
-        red = told[0] + drift * np.arange(len(frames)) / 25
+        red = towards * (told[0] + drift * np.arange(len(frames)) / 25)
         told[0] += drift * len(frames) / 25
         return np.clip(frames + red[:, None, None, None] * np.array([1, 0, 0]), 0, 255).astype(np.uint8)
 
-    who = Who.of_seed(seed, 100)
     watch = Watch(who)
     quality_stream.run([Truth(who.of, seed, change)], [watch], 60, seed=seed)
     return watch, summary(table_of([watch]))
