@@ -169,7 +169,7 @@ def usual_way(blocks: Sequence[Block], loop: Loop) -> list[int]:
     head, body = loop
     way = [head]
     for stop in sorted(number for number in body if blocks[number].multiplies):
-        if stop not in way:  # of products in an `if` and its `else` the second is not found
+        if stop not in way:  # `shortest` finds none where two products stand in an `if` and its `else`
             way += shortest(blocks, loop, way[-1], stop)
     return way + shortest(blocks, loop, way[-1], head)[:-1]
 

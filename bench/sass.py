@@ -52,7 +52,7 @@ from bench.machine_code import (
 TABLE = Path(__file__).with_name("sass_table.json")
 RENEW = "run `python -m bench.sass --write` and commit bench/sass_table.json"
 ARCH, WARP, WARPS = 90, 32, 2  # WARPS: that compute, in a scheduler; attention has eight on an SM
-QUERIES, KEYS = 64, 128  # of the tile that counts are given for
+QUERIES, KEYS = 64, 128  # counts are given for a tile of this size
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

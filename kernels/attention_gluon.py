@@ -261,7 +261,7 @@ def consume(WHICH: gl.constexpr, out, out_s, queues, work, scaling, HEAD_DIM: gl
         mbarrier.wait(k_full.index(after), phase_after, pred=last > 0)
         for back in range(0, last):
             asked = warpgroup_mma(q, k_s.index(after).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mixed, product = settled(mixed, product, fade, shrink, FP8)  # while the tensor cores have work
+            mixed, product = settled(mixed, product, fade, shrink, FP8)  # in FP8 the product runs meanwhile
             fade = shrink
             mbarrier.wait(v_full.index(stage), phase)
             mixing = mix(weights, v_s.index(stage), product, FP8)

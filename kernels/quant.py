@@ -1,6 +1,6 @@
 """FP8 (e4m3): rows quantised to their own largest value; `quantize_rows` for what no other kernel could quantise.
 
-    scale_t = max(max_i |x_ti|, tiny) / 448,   q_ti = e4m3(clamp(x_ti / scale_t, -448, 448))
+    scale_t = max(max_i |x_ti|, tiny) / 448,   q_ti = e4m3(x_ti / scale_t)
 
 x [T, n] of the working dtype, q [T, n] e4m3, scale [T] float32. A row of zeros gives zeros; denormal and huge rows
 neither overflow nor divide by zero. Bytes: T n (element size + 1); FLOPs: 3 for each element. Kernels that produce

@@ -254,7 +254,7 @@ LAST_STORED = line(4, "tma.store_wait(0)")
 VALUES = "values = (v_s, barriers(STAGES, 1), barriers(STAGES, 2))"
 INIT_FENCE = f"    {VALUES}\n    fence_async_shared()\n"
 OUT_FENCE = "(result.to(out_s.dtype))\n        fence_async_shared()\n"
-SETTLED = line(12, "mixed, product = settled(mixed, product, fade, shrink, FP8)  # while the tensor cores have work")
+SETTLED = line(12, "mixed, product = settled(mixed, product, fade, shrink, FP8)  # in FP8 the product runs meanwhile")
 FULL_BYTES = "mbarrier.expect(full.index(stage), descriptor.block_type.nbytes)"
 SHARES = "            shares = gl.exp2(logits * scale[:, None] - above[:, None])\n"
 ZEROS = "(place < left)[:, None]"
